@@ -1,0 +1,398 @@
+"""From data to scales and zero points: `observe` gathers statistics that know nothing of bits, calibrators turn them into parameters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onnx_eptq.grid import MIN_SCALE, Grid, QParams, affine_qparams, along, fake_quantize, symmetric_qparams
+from onnx_eptq.mirror import Mirror, Probe
+from onnx_eptq.ops import OPS
+from onnx_eptq.plan import Layer, Limits, Plan, QuantPoint
+
+log = logging.getLogger(__name__)
+
+BINS = 4096
+MAX_BIAS = 2**30  # leaves the other half of int32 to the sum of products it is added to
+
+Batch = Mapping[str, np.ndarray]
+Calibrator = Callable[["Histogram", Grid, Limits], QParams]
+WeightCalibrator = Callable[[Tensor, Grid], QParams]
+
+CALIBRATORS: dict[str, Calibrator] = {}
+WEIGHT_CALIBRATORS: dict[str, WeightCalibrator] = {}
+
+
+def calibrator(name: str) -> Callable[[Calibrator], Calibrator]:
+    """Register an activation calibrator: (histogram, grid, limits) -> parameters."""
+
+    def register(function: Calibrator) -> Calibrator:
+        CALIBRATORS[name] = function
+        return function
+
+    return register
+
+
+def weight_calibrator(name: str) -> Callable[[WeightCalibrator], WeightCalibrator]:
+    """Register a weight calibrator: (weights, grid) -> parameters."""
+
+    def register(function: WeightCalibrator) -> WeightCalibrator:
+        WEIGHT_CALIBRATORS[name] = function
+        return function
+
+    return register
+
+
+class Histogram:
+    """A streaming histogram of constant size; exact minimum and maximum.
+
+    When data falls outside, the range doubles and neighbouring bins merge, so counts never have to be split and at least half
+    of the bins lie inside the data's range.
+    """
+
+    def __init__(self, bins: int = BINS) -> None:
+        self.counts = torch.zeros(bins, dtype=torch.float64)
+        self.min, self.max = float("inf"), float("-inf")
+        self.low, self.high = 0.0, 0.0
+
+    def update(self, x: Tensor) -> None:
+        """Add every element of x; an empty tensor adds nothing."""
+        if x.numel() == 0:
+            return
+        low, high = (float(bound) for bound in torch.aminmax(x))
+        first = self.min > self.max
+        self.min, self.max = min(self.min, low), max(self.max, high)
+        if first:
+            self.low, self.high = low, high if high > low else low + max(abs(low), 1.0) * 1e-6
+        self._cover(low, high)
+        self.counts += torch.histc(x.float(), self.counts.numel(), self.low, self.high).double().cpu()
+
+    def _cover(self, low: float, high: float) -> None:
+        half = self.counts.numel() // 2
+        while low < self.low or high > self.high:
+            merged, width = self.counts.reshape(half, 2).sum(1), self.high - self.low
+            self.counts = torch.zeros_like(self.counts)
+            if high > self.high:
+                self.counts[:half], self.high = merged, self.low + 2 * width
+            else:
+                self.counts[half:], self.low = merged, self.high - 2 * width
+
+    @property
+    def centers(self) -> Tensor:
+        """The middle of every bin, float64."""
+        bins = self.counts.numel()
+        return self.low + (torch.arange(bins, dtype=torch.float64) + 0.5) * (self.high - self.low) / bins
+
+
+@dataclass
+class Stats:
+    """What `observe` saw: a histogram per quantized activation, the mean (over samples) of every linear layer's input."""
+
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
+    samples: int = 0
+
+
+class _Mean:
+    """Running mean over axis 0; samples of another shape than the first are left out."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def update(self, x: Tensor) -> None:
+        part = x.double().sum(0)
+        if self.total is None:
+            self.total = torch.zeros_like(part)
+        if part.shape == self.total.shape:
+            self.total, self.count = self.total + part, self.count + len(x)
+
+    @property
+    def value(self) -> Tensor:
+        assert self.total is not None
+        return (self.total / self.count).float().unsqueeze(0)
+
+
+def feed(mirror: Mirror, batch: Batch) -> list[Tensor]:
+    """The batch as positional tensors on the mirror's device."""
+    device = next((parameter.device for parameter in mirror.parameters()), torch.device("cpu"))
+    return [torch.from_numpy(np.ascontiguousarray(batch[name])).to(device) for name in mirror.input_names]
+
+
+@torch.no_grad()
+def observe(teacher: Mirror, plan: Plan, layers: Iterable[Layer], batches: Iterable[Batch]) -> Stats:
+    """Run the float model over all batches and gather statistics; memory is constant in the number of samples."""
+    wanted = {point.value for point in plan.values() if point.role == "activation" and not point.tied_to}
+    histograms = {value: Histogram() for value in plan if value in wanted}
+    means = {layer.source.name: _Mean() for layer in layers if layer.bias is not None}
+    stats = Stats(histograms)
+
+    def see(value: str, x: Tensor) -> Tensor:
+        if value in histograms:
+            histograms[value].update(x)
+        if value in means and x.ndim:
+            means[value].update(x)
+        return x
+
+    probe = Probe(teacher, see)
+    for batch in batches:
+        inputs = feed(teacher, batch)
+        probe.run(*inputs)
+        stats.samples += len(inputs[0]) if inputs[0].ndim else 1
+    stats.means = {value: mean.value for value, mean in means.items() if mean.count}
+    return stats
+
+
+def _bounded(histogram: Histogram, limits: Limits) -> tuple[float, float]:
+    """The range seen, within what the producing operator guarantees, widened to zero."""
+    low = histogram.min if limits[0] is None else max(histogram.min, limits[0])
+    high = histogram.max if limits[1] is None else min(histogram.max, limits[1])
+    return min(low, 0.0), max(high, 0.0)
+
+
+@calibrator("minmax")
+def minmax(histogram: Histogram, grid: Grid, limits: Limits) -> QParams:
+    """The whole range that was seen."""
+    return affine_qparams(*_bounded(histogram, limits), grid)
+
+
+@calibrator("percentile")
+def percentile(histogram: Histogram, grid: Grid, limits: Limits, share: float = 0.9999) -> QParams:
+    """The range that holds `share` of all elements, cutting the same number at either end."""
+    low, high = _bounded(histogram, limits)
+    cumulated = torch.cumsum(histogram.counts, 0) / histogram.counts.sum()
+    width = (histogram.high - histogram.low) / histogram.counts.numel()
+    first = int(torch.searchsorted(cumulated, torch.tensor((1 - share) / 2, dtype=torch.float64)))
+    last = int(torch.searchsorted(cumulated, torch.tensor(1 - (1 - share) / 2, dtype=torch.float64)))
+    return affine_qparams(max(low, histogram.low + first * width), min(high, histogram.low + (last + 1) * width), grid)
+
+
+def _affine_candidates(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scales and zero points (float64, shape [candidates]) exactly as `affine_qparams` makes them."""
+    scale = torch.clamp((high - low) / (grid.qmax - grid.qmin), min=MIN_SCALE).float().double()
+    zero_point = torch.clamp(torch.round(grid.qmin - low / scale), grid.qmin, grid.qmax)
+    return scale, zero_point
+
+
+def _histogram_error(histogram: Histogram, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """Mean squared error of quantizing the histogram's data, per candidate; bins count with their centers."""
+    used = histogram.counts > 0
+    x, weight = histogram.centers[used], histogram.counts[used]
+    errors = []
+    for s, z in zip(scale.split(64), zero_point.split(64), strict=True):
+        s, z = s[:, None], z[:, None]
+        snapped = (torch.clamp(torch.round(x / s) + z, grid.qmin, grid.qmax) - z) * s
+        errors.append(((snapped - x) ** 2 * weight).sum(1))
+    return torch.cat(errors) / weight.sum()
+
+
+@calibrator("mse")
+def mse(histogram: Histogram, grid: Grid, limits: Limits, rounds: int = 3, points: int = 12) -> QParams:
+    """The range of least mean squared error: a grid search over both ends, refined around the best."""
+    low, high = _bounded(histogram, limits)
+    if low == high:
+        return affine_qparams(low, high, grid)
+    best_low, best_high, reach = 0.55, 0.55, 0.45  # shares of the two ends; covers (0.1, 1)
+    for _ in range(rounds):
+        steps = torch.linspace(-reach, reach, points, dtype=torch.float64)
+        lows = (best_low + steps).clamp(1e-3, 1) if low < 0 else torch.zeros(1, dtype=torch.float64)
+        highs = (best_high + steps).clamp(1e-3, 1) if high > 0 else torch.zeros(1, dtype=torch.float64)
+        pairs = torch.cartesian_prod(lows, highs)
+        scale, zero_point = _affine_candidates(pairs[:, 0] * low, pairs[:, 1] * high, grid)
+        best = int(torch.argmin(_histogram_error(histogram, scale, zero_point, grid)))
+        best_low, best_high = float(pairs[best, 0]), float(pairs[best, 1])
+        reach *= 2.5 / points
+    return affine_qparams(best_low * low, best_high * high, grid)
+
+
+@calibrator("entropy")
+def entropy(histogram: Histogram, grid: Grid, limits: Limits, points: int = 64) -> QParams:
+    """The range whose quantized distribution has the least Kullback-Leibler divergence from the data's.
+
+    Both ends shrink together; data beyond them counts in the outermost levels, as it does when it saturates.
+    """
+    low, high = _bounded(histogram, limits)
+    if low == high:
+        return affine_qparams(low, high, grid)
+    used = histogram.counts > 0
+    x, p = histogram.centers[used], histogram.counts[used] / histogram.counts.sum()
+    shares = torch.linspace(1.0, 0.1, points, dtype=torch.float64)
+    scales, zero_points = _affine_candidates(shares * low, shares * high, grid)
+    divergence = []
+    for scale, zero_point in zip(scales, zero_points, strict=True):
+        level = torch.clamp(torch.round(x / scale) + zero_point, grid.qmin, grid.qmax).long() - grid.qmin
+        inside = (torch.round(x / scale) + zero_point >= grid.qmin) & (torch.round(x / scale) + zero_point <= grid.qmax)
+        levels = grid.qmax - grid.qmin + 1
+        mass = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, p)
+        members = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, inside.double()).clamp(min=1)
+        # A saturated bin is reproduced with a vanishing probability: clipping must cost.
+        q = torch.where(inside, mass[level] / members[level], torch.tensor(1e-12, dtype=torch.float64))
+        divergence.append((p * torch.log(p / (q / q.sum()))).sum())
+    best = shares[int(torch.argmin(torch.stack(divergence)))]
+    return affine_qparams(float(best * low), float(best * high), grid)
+
+
+def _rows(weight: Tensor, grid: Grid) -> Tensor:
+    """The weight as [channels, elements]; one row when the grid is per tensor."""
+    return (
+        weight.reshape(1, -1)
+        if grid.axis is None
+        else weight.movedim(grid.axis, 0).reshape(weight.shape[grid.axis], -1)
+    )
+
+
+@weight_calibrator("absmax")
+def absmax(weight: Tensor, grid: Grid) -> QParams:
+    """The largest magnitude of a channel becomes the largest integer."""
+    threshold = _rows(weight, grid).abs().amax(1)
+    return symmetric_qparams(threshold if grid.axis is not None else threshold[0], grid)
+
+
+@weight_calibrator("mse")
+def weight_mse(weight: Tensor, grid: Grid, points: int = 60) -> QParams:
+    """The threshold of least squared error per channel, among shares 0.2 to 1.1 of the largest magnitude."""
+    rows = _rows(weight, grid)
+    threshold = rows.abs().amax(1)
+    row_grid = Grid(grid.bits, grid.signed, 0)
+    best = torch.full_like(threshold, float("inf"))
+    chosen = threshold.clone()
+    for share in torch.linspace(1.1, 0.2, points).tolist():
+        qparams = symmetric_qparams(threshold * share, row_grid)
+        error = (fake_quantize(rows, qparams, row_grid) - rows).square().sum(1)
+        better = error < best
+        best, chosen = torch.where(better, error, best), torch.where(better, threshold * share, chosen)
+    return symmetric_qparams(chosen if grid.axis is not None else chosen[0], grid)
+
+
+def calibrate(plan: Plan, stats: Stats, mirror: Mirror, method: str = "mse") -> dict[str, QParams]:
+    """Parameters of every planned activation, constant operand and weight (weights: abs-max, to be refined)."""
+    qparams: dict[str, QParams] = {}
+    for value, point in plan.items():
+        if point.role == "weight":
+            qparams[value] = absmax(mirror.constant(value).cpu(), point.grid)
+        elif point.role == "constant":
+            data = mirror.constant(value)
+            qparams[value] = affine_qparams(float(data.min()), float(data.max()), point.grid)
+        elif point.role == "activation" and not point.tied_to:
+            histogram = stats.histograms[value]
+            if histogram.min > histogram.max:
+                log.warning("no data reached '%s'; its scale is 1", value)
+                histogram.update(torch.tensor([0.0, 255.0]))
+            qparams[value] = CALIBRATORS[method](histogram, point.grid, point.limits)
+    return qparams
+
+
+def apply_linear(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
+    """The layer's operator without its bias."""
+    function = OPS[layer.node.op].function
+    attributes = {name: tuple(v) if isinstance(v, list) else v for name, v in layer.node.attrs.items()}
+    args = (weight, x) if layer.node.inputs[0] is layer.weight else (x, weight)
+    result: Tensor = function(*args, **attributes)
+    return result
+
+
+def _channels(layer: Layer, output: Tensor) -> Tensor:
+    """The layer's output as [channels, everything else]."""
+    return output.movedim(layer.output_axis, 0).flatten(1)
+
+
+@torch.no_grad()
+def choose_weight_scales(
+    teacher: Mirror,
+    plan: Plan,
+    layers: Iterable[Layer],
+    batches: Iterable[Batch],
+    methods: Iterable[str] = ("absmax", "mse"),
+) -> dict[str, QParams]:
+    """Per weight and channel, the calibrator whose rounding disturbs the layer's output least on the given batches.
+
+    Where the layer has a bias, only the spread of the error counts: its mean is what bias correction removes.
+    """
+    users: dict[str, list[Layer]] = {}
+    for layer in layers:
+        if layer.weight.name in plan:
+            users.setdefault(layer.weight.name, []).append(layer)
+    candidates = {
+        name: [WEIGHT_CALIBRATORS[method](teacher.constant(name).cpu(), plan[name].grid) for method in methods]
+        for name in users
+    }
+    if all(len(options) == 1 for options in candidates.values()):
+        return {name: options[0] for name, options in candidates.items()}
+    by_source: dict[str, list[Layer]] = {}
+    for layer in (layer for group in users.values() for layer in group):
+        by_source.setdefault(layer.source.name, []).append(layer)
+    deltas = {}
+    for name, options in candidates.items():
+        weight = teacher.constant(name)
+        on_device = (QParams(*(part.to(weight.device) for part in option)) for option in options)
+        deltas[name] = [fake_quantize(weight, option, plan[name].grid) - weight for option in on_device]
+    errors: dict[str, Tensor] = {}
+
+    def see(value: str, x: Tensor) -> Tensor:
+        for layer in by_source.get(value, ()):
+            rows = [_channels(layer, apply_linear(layer, x, delta)) for delta in deltas[layer.weight.name]]
+            spread = [r.var(1, correction=0) if layer.bias is not None else r.square().mean(1) for r in rows]
+            per_channel = torch.stack(spread).double().cpu()
+            if plan[layer.weight.name].grid.axis is None:
+                per_channel = per_channel.sum(1, keepdim=True)
+            errors[layer.weight.name] = errors.get(layer.weight.name, 0) + per_channel
+        return x
+
+    probe = Probe(teacher, see)
+    for batch in batches:
+        probe.run(*feed(teacher, batch))
+    return {name: _pick(options, errors.get(name), plan[name].grid) for name, options in candidates.items()}
+
+
+def _pick(options: list[QParams], errors: Tensor | None, grid: Grid) -> QParams:
+    """Per channel the option of least error; the last one where no data arrived."""
+    if errors is None:
+        return options[-1]
+    best = errors.argmin(0)
+    scales = torch.stack([option.scale.reshape(-1) for option in options])
+    scale = scales.gather(0, best[None])[0]
+    return QParams(scale if grid.axis is not None else scale[0], options[0].zero_point)
+
+
+@torch.no_grad()
+def correct_biases(student: Mirror, teacher: Mirror, plan: Plan, layers: Iterable[Layer], stats: Stats) -> int:
+    """Add to every bias the mean output error of its layer's rounded weights; returns how many biases changed.
+
+    Analytic: linear operators commute with the mean, so E[op(x, W - Wq)] = op(E[x], W - Wq), padding included.
+    """
+    corrected = 0
+    for layer in layers:
+        if layer.bias is None or layer.bias.name not in plan or layer.source.name not in stats.means:
+            continue
+        weight = teacher.constant(layer.weight.name)
+        rounded = student.quantizer(layer.weight.name)(weight)
+        mean = stats.means[layer.source.name].to(weight.device)
+        shift = _channels(layer, apply_linear(layer, mean, weight - rounded)).mean(1)
+        bias = student.constant(layer.bias.name)
+        bias.copy_(teacher.constant(layer.bias.name) + shift.reshape(bias.shape))
+        corrected += 1
+    return corrected
+
+
+@torch.no_grad()
+def fit_biases(student: Mirror, plan: Plan) -> list[str]:
+    """Raise weight scales so that every bias fits its int32 grid with room for the products; returns the weights touched.
+
+    A channel of (nearly) zero weights has a tiny scale, and its bias would overflow `bias / (s_x * s_w)`.
+    """
+    touched = []
+    for point in plan.values():
+        if point.scale_from is None:
+            continue
+        source, weight = (student.quantizer(name) for name in point.scale_from)
+        needed = student.constant(point.value).abs() / MAX_BIAS / source.scale
+        needed = needed if plan[point.scale_from[1]].grid.axis is not None else needed.max()
+        if bool((needed > weight.scale).any()):
+            weight.scale.copy_(torch.maximum(weight.scale, needed))
+            touched.append(point.scale_from[1])
+    return touched

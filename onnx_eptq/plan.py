@@ -1,0 +1,489 @@
+"""Where quantizers sit: `make_plan` decides it once, `walk` tells it to every reader.
+
+The PyTorch mirror and the QDQ writer both consume `walk(graph, plan)`, so what is simulated is what is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_eptq.errors import ModelError, UnsupportedOp, UsageError
+from onnx_eptq.grid import Grid
+from onnx_eptq.ops import OPS
+from onnx_eptq.targets import Target
+
+PointRole = Literal["activation", "weight", "bias", "constant"]
+Limits = tuple[float | None, float | None]
+CONSTANT_BITS = 8  # operands such as positional embeddings; narrower ones cost accuracy and save nothing
+BIAS_BITS = 32
+
+
+@dataclass(frozen=True)
+class QuantPoint:
+    """One quantizer: the value it sits on, its grid, and what its parameters derive from.
+
+    `tied_to` names the value whose parameters it shares; `scale_from` (biases) the activation and the weight whose scales'
+    product is its scale; `limits` the bounds that the producing operator guarantees (None: unbounded).
+    """
+
+    value: str
+    grid: Grid
+    role: PointRole
+    tied_to: str | None = None
+    scale_from: tuple[str, str] | None = None
+    limits: Limits = (None, None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, defaults left out."""
+        row: dict[str, Any] = {
+            "value": self.value,
+            "role": self.role,
+            "bits": self.grid.bits,
+            "signed": self.grid.signed,
+        }
+        optional = {"axis": self.grid.axis, "tied_to": self.tied_to, "scale_from": self.scale_from}
+        row |= {key: value for key, value in optional.items() if value is not None}
+        if self.limits != (None, None):
+            row["limits"] = list(self.limits)
+        return row
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> QuantPoint:
+        """The inverse of `to_json`; raises KeyError or TypeError on rows of another shape."""
+        low, high = row.get("limits", (None, None))
+        pair = row.get("scale_from")
+        return cls(
+            value=str(row["value"]),
+            grid=Grid(int(row["bits"]), bool(row["signed"]), row.get("axis")),
+            role=row["role"],
+            tied_to=row.get("tied_to"),
+            scale_from=(str(pair[0]), str(pair[1])) if pair else None,
+            limits=(low, high),
+        )
+
+
+class Plan(dict[str, QuantPoint]):
+    """Quantizers by value name, in walk order; `floats` says of every value left float why."""
+
+    def __init__(self, points: Mapping[str, QuantPoint] | None = None, floats: Mapping[str, str] | None = None) -> None:
+        super().__init__(points or {})
+        self.floats: dict[str, str] = dict(floats or {})
+
+    def root(self, value: str) -> QuantPoint:
+        """The point whose parameters `value` uses: itself, or the one it is tied to."""
+        point = self[value]
+        return self[point.tied_to] if point.tied_to else point
+
+    def __str__(self) -> str:
+        """One line per value: name, role, bits, ties; then what stays float."""
+        lines = []
+        for point in self.values():
+            width = f"{'int' if point.grid.signed else 'uint'}{point.grid.bits}"
+            note = (
+                f"= {point.tied_to}" if point.tied_to else "" if point.grid.axis is None else f"axis {point.grid.axis}"
+            )
+            lines.append(f"{point.role:<11}{width:<7}{point.value}  {note}".rstrip())
+        return "\n".join(lines + [f"{'float':<18}{value}  ({reason})" for value, reason in self.floats.items()])
+
+    def to_json(self) -> str:
+        """The plan as JSON text, one point per line so that it can be edited and compared."""
+        rows = ",\n  ".join(json.dumps(point.to_json()) for point in self.values())
+        return f'{{"version": 1,\n "points": [\n  {rows}\n ],\n "floats": {json.dumps(self.floats, indent=1)}\n}}\n'
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan; raises UsageError when the text is not one."""
+        try:
+            data = json.loads(text)
+            points = [QuantPoint.from_json(row) for row in data["points"]]
+            return cls({point.value: point for point in points}, data.get("floats", {}))
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UsageError(
+                f"the plan is not a JSON plan as --plan-out writes it ({error}); write a fresh one"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A Conv, ConvTranspose, Gemm or MatMul with a constant weight, and the constant that acts as its bias.
+
+    `bias_node` is the node that adds the bias: the layer itself, or the Add behind a MatMul. `output` is the value after it.
+    """
+
+    node: gs.Node
+    weight: gs.Constant
+    source: gs.Tensor
+    axis: int | None
+    bias: gs.Constant | None
+    bias_node: gs.Node
+    output: gs.Variable
+    output_axis: int
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the user asks of a plan: default widths, `bits` for name patterns, name or op patterns that stay float."""
+
+    weight_bits: int = 8
+    act_bits: int = 8
+    bits: Mapping[str, int] = field(default_factory=dict)
+    keep_float: Sequence[str] = ()
+
+
+def is_constant(tensor: gs.Tensor) -> bool:
+    """Whether the tensor is an initializer."""
+    return isinstance(tensor, gs.Constant)
+
+
+def is_float(tensor: gs.Tensor) -> bool:
+    """Whether the tensor holds float32 data as far as shape inference knows."""
+    return tensor.dtype is not None and np.dtype(tensor.dtype) == np.float32
+
+
+def role_of(node: gs.Node) -> str:
+    """The quantization role of a node's operator; graphs are checked by `check_ops` first."""
+    return str(OPS[node.op].role_of(node.attrs))
+
+
+def check_ops(graph: gs.Graph) -> None:
+    """Raise UnsupportedOp that names every node which cannot be simulated."""
+    unknown = [node for node in graph.nodes if node.op not in OPS or node.domain not in (None, "", "ai.onnx")]
+    if unknown:
+        names = ", ".join(f"'{node.name}' {node.domain + '.' if node.domain else ''}{node.op}" for node in unknown[:8])
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        raise UnsupportedOp(
+            f"{len(unknown)} node(s) cannot be simulated: {names}{more}; replace them by standard operators or cut the model "
+            "before them"
+        )
+
+
+def _bias_of(node: gs.Node) -> tuple[gs.Constant | None, gs.Node]:
+    """The bias constant of a linear node and the node that adds it."""
+    index = OPS[node.op].bias
+    if index is not None:
+        has = len(node.inputs) > index and is_constant(node.inputs[index])
+        return (node.inputs[index] if has else None), node
+    output = node.outputs[0]
+    consumers = output.outputs
+    if len(consumers) == 1 and consumers[0].op == "Add":
+        other = [tensor for tensor in consumers[0].inputs if tensor is not output]
+        channels = node.inputs[1].shape[-1] if node.inputs[1].shape else None
+        if len(other) == 1 and is_constant(other[0]) and list(other[0].shape) == [channels]:
+            return other[0], consumers[0]
+    return None, node
+
+
+def linear_layers(graph: gs.Graph) -> list[Layer]:
+    """Every linear node with a float constant weight, in execution order."""
+    graph_outputs = {id(tensor) for tensor in graph.outputs}
+    layers = []
+    for node in graph.nodes:
+        if role_of(node) != "linear":
+            continue
+        index = OPS[node.op].weight
+        assert index is not None
+        axis_of = OPS[node.op].channel_axis
+        if not is_constant(node.inputs[index]) and node.op == "MatMul" and is_constant(node.inputs[0]):
+            index, axis = 0, None  # rows of a left operand are no output channels that a runtime's kernel can scale
+        else:
+            ndim = len(node.inputs[index].shape or ())
+            axis = axis_of(node.attrs, ndim) if axis_of and (node.op != "MatMul" or ndim == 2) else None
+        weight = node.inputs[index]
+        if not is_constant(weight) or not is_float(weight):
+            continue
+        bias, bias_node = _bias_of(node) if index else (None, node)
+        if bias_node is not node and id(node.outputs[0]) in graph_outputs:
+            bias, bias_node = None, node
+        layers.append(
+            Layer(
+                node,
+                weight,
+                node.inputs[1 - index],
+                axis,
+                bias,
+                bias_node,
+                bias_node.outputs[0],
+                OPS[node.op].output_axis,
+            )
+        )
+    return layers
+
+
+def _matches(patterns: Sequence[str], *names: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
+
+
+def _float_region(graph: gs.Graph, kept: set[int]) -> dict[int, str]:
+    """Nodes that run in float, by id, with the reason.
+
+    Seeds are the nodes the user keeps and operators whose result 8 bits cannot hold (Log, Reciprocal, ...). Operators between
+    seeds join: those whose every consumer is inside, and those that read an inside value which nothing outside needs.
+    Linear operators never join.
+    """
+    region = {id(node): "kept float as asked" for node in graph.nodes if id(node) in kept}
+    region |= {id(n): f"{n.op} needs float" for n in graph.nodes if role_of(n) == "sensitive" and id(n) not in region}
+    growing = {key for key, reason in region.items() if reason != "kept float as asked"}
+    outputs = {id(tensor) for tensor in graph.outputs}
+
+    def joins(node: gs.Node) -> bool:
+        if role_of(node) not in ("arithmetic", "same_grid", "clamp") or not is_float(node.outputs[0]):
+            return False
+        consumers = [consumer for tensor in node.outputs for consumer in tensor.outputs]
+        if consumers and all(id(c) in growing for c in consumers) and not any(id(t) in outputs for t in node.outputs):
+            return True
+        for tensor in node.inputs:
+            inner = tensor.inputs and id(tensor.inputs[0]) in growing and id(tensor) not in outputs
+            if inner and all(id(c) in growing or c is node or role_of(c) not in ("linear",) for c in tensor.outputs):
+                return True
+        return False
+
+    changed = True
+    while changed:
+        changed = False
+        for node in graph.nodes:
+            if id(node) not in region and joins(node):
+                region[id(node)] = "between operators that need float"
+                growing.add(id(node))
+                changed = True
+    return region
+
+
+class _Planner:
+    """The state of one `make_plan` call: the graph's facts, and the plan as it grows in walk order."""
+
+    def __init__(self, graph: gs.Graph, target: Target, rules: Rules) -> None:
+        self.graph, self.target, self.rules = graph, target, rules
+        self.plan = Plan()
+        self.layers = linear_layers(graph)
+        self.outputs = {id(tensor) for tensor in graph.outputs}
+        kept = {id(n) for n in graph.nodes if _matches(rules.keep_float, n.name, n.op)}
+        kept |= {id(layer.node) for layer in self.layers if _matches(rules.keep_float, layer.weight.name)}
+        self.region = _float_region(graph, kept)
+        self.bias_sums = {id(layer.node.outputs[0]) for layer in self.layers if layer.bias_node is not layer.node}
+
+    def bits(self, default: int, *names: str) -> int:
+        for pattern, bits in self.rules.bits.items():
+            if _matches([pattern], *names):
+                return bits
+        return default
+
+    def fused(self, tensor: gs.Tensor) -> bool:
+        """Whether no quantizer may sit here: before a Relu/Clip that alone reads it, or before the bias of a MatMul."""
+        if id(tensor) in self.outputs or len(tensor.outputs) != 1:
+            return False
+        if id(tensor) in self.bias_sums:
+            return True
+        (consumer,) = tensor.outputs
+        clamps = role_of(consumer) == "clamp" and id(consumer) not in self.region
+        return clamps and bool(tensor.inputs) and role_of(tensor.inputs[0]) in ("linear", "arithmetic")
+
+    def reason_to_stay_float(self, tensor: gs.Tensor) -> str | None:
+        """Why an activation gets no quantizer although it is float32, or None."""
+        if _matches(self.rules.keep_float, tensor.name):
+            return "kept float as asked"
+        neighbours = list(tensor.inputs) + list(tensor.outputs)
+        if neighbours and all(id(node) in self.region for node in neighbours):
+            return self.region[id(neighbours[0])]
+        if tensor.outputs and id(tensor) not in self.outputs and all(role_of(n) == "untouched" for n in tensor.outputs):
+            return f"read by {tensor.outputs[0].op} only"
+        return None
+
+    def activation(self, tensor: gs.Tensor) -> None:
+        if not is_float(tensor) or self.fused(tensor):
+            return
+        reason = self.reason_to_stay_float(tensor)
+        if reason:
+            self.plan.floats[tensor.name] = reason
+            return
+        producer = tensor.inputs[0] if tensor.inputs else None
+        tied = None
+        if producer is not None and _only_moves(producer) and producer.inputs[0].name in self.plan:
+            tied = self.plan.root(producer.inputs[0].name).value
+        if tied:
+            point = replace(self.plan[tied], value=tensor.name, tied_to=tied)
+        else:
+            bits = self.bits(self.rules.act_bits, tensor.name)
+            point = QuantPoint(tensor.name, Grid(bits, False), "activation", limits=_limits(producer))
+        self.plan[tensor.name] = point
+
+    def constants(self, node: gs.Node) -> None:
+        """Constant operands of elementwise operators that run on integers."""
+        if not OPS[node.op].operands or id(node) in self.region:
+            return
+        biases = {layer.bias.name for layer in self.layers if layer.bias is not None and layer.bias_node is node}
+        for tensor in node.inputs:
+            if is_constant(tensor) and is_float(tensor) and tensor.name not in self.plan and tensor.name not in biases:
+                bits = self.bits(CONSTANT_BITS, tensor.name)
+                self.plan[tensor.name] = QuantPoint(tensor.name, Grid(bits, False), "constant")
+
+    def weight(self, layer: Layer) -> None:
+        name = layer.weight.name
+        if id(layer.node) in self.region:
+            self.plan.floats[name] = self.region[id(layer.node)]
+        elif name not in self.plan:
+            bits = self.bits(self.rules.weight_bits, layer.node.name, name)
+            self.plan[name] = QuantPoint(name, Grid(bits, True, layer.axis), "weight")
+
+    def bias(self, layer: Layer) -> None:
+        if layer.bias is None:
+            return
+        name, source = layer.bias.name, layer.source.name
+        if id(layer.node) in self.region or id(layer.bias_node) in self.region:
+            self.plan.floats[name] = "bias of a layer that is kept float"
+        elif source not in self.plan:
+            self.plan.floats[name] = f"the layer's input '{source}' is float"
+        else:
+            pair = (self.plan.root(source).value, layer.weight.name)
+            axis = 0 if self.plan[layer.weight.name].grid.axis is not None else None
+            self.plan[name] = QuantPoint(name, Grid(BIAS_BITS, True, axis), "bias", scale_from=pair)
+
+    def run(self) -> Plan:
+        weights = {id(layer.node): layer for layer in self.layers}
+        biases = {id(layer.bias_node): layer for layer in self.layers}
+        for tensor in self.graph.inputs:
+            self.activation(tensor)
+        for node in self.graph.nodes:
+            if id(node) in weights:
+                self.weight(weights[id(node)])
+            if id(node) in biases:
+                self.bias(biases[id(node)])
+            self.constants(node)
+            for tensor in node.outputs:
+                self.activation(tensor)
+        return self.plan
+
+
+def _only_moves(node: gs.Node) -> bool:
+    """Whether every element of the output is one of input 0, or a zero that was padded in (zero is on every grid)."""
+    fills = [
+        tensor for tensor in node.inputs[1:] if is_constant(tensor) and is_float(tensor) and np.size(tensor.values) == 1
+    ]
+    return role_of(node) == "same_grid" and all(float(np.asarray(fill.values).reshape(-1)[0]) == 0 for fill in fills)
+
+
+def _limits(producer: gs.Node | None) -> Limits:
+    """What the producing operator guarantees about its output."""
+    if producer is None:
+        return None, None
+    if producer.op == "Clip":
+        low, high = ((*producer.inputs[1:], None, None))[:2]
+        return _constant_scalar(low), _constant_scalar(high)
+    bounds = OPS[producer.op].bounds
+    if bounds is None:
+        return None, None
+    return tuple(None if math.isinf(bound) else float(bound) for bound in bounds)  # type: ignore[return-value]
+
+
+def _constant_scalar(tensor: gs.Tensor | None) -> float | None:
+    if tensor is None or not is_constant(tensor):
+        return None
+    value = float(np.asarray(tensor.values).reshape(-1)[0])
+    return None if abs(value) > 1e30 else value
+
+
+def make_plan(graph: gs.Graph, target: Target, rules: Rules | None = None) -> Plan:
+    """Decide where quantizers sit and how wide they are.
+
+    Quantized: the network's inputs and outputs, all weights (per output channel, symmetric), biases (int32), and every
+    activation, except between a linear or arithmetic operator and its Relu/Clip, and between operators that need float.
+    Values that only move data share the grid of what they move.
+
+    Raises:
+        UnsupportedOp: a node's operator is not in `OPS`.
+        UsageError: a width that the target cannot store, or a pattern that matches nothing.
+        ModelError: nothing in the graph can be quantized.
+    """
+    rules = rules or Rules()
+    check_ops(graph)
+    check_rules(graph, target, rules)
+    if not linear_layers(graph):
+        raise ModelError(
+            "the model has no Conv, ConvTranspose, Gemm or MatMul with constant weights, so there is nothing to quantize; "
+            "was it exported without its parameters?"
+        )
+    return _Planner(graph, target, rules).run()
+
+
+def check_rules(graph: gs.Graph, target: Target, rules: Rules) -> None:
+    """Raise UsageError for widths the target cannot store and for patterns that match no node, op or value."""
+    values = set(graph.tensors())
+    nodes = {node.name for node in graph.nodes}
+    layers = {layer.node.name for layer in linear_layers(graph)} | {layer.weight.name for layer in linear_layers(graph)}
+    for bits, wanted, what in (
+        (rules.weight_bits, target.weight_bits, "weights"),
+        (rules.act_bits, target.activation_bits, "activations"),
+    ):
+        if bits not in wanted:
+            raise UsageError(f"target '{target.name}' stores {what} of {_spell(wanted)} bits, not {bits}")
+    for pattern, bits in rules.bits.items():
+        names = [name for name in values | nodes if fnmatchcase(name, pattern)]
+        if not names:
+            raise UsageError(f"the bit override '{pattern}' matches no layer and no tensor of the model")
+        wanted = target.weight_bits if any(name in layers for name in names) else target.activation_bits
+        if bits not in wanted:
+            raise UsageError(
+                f"target '{target.name}' stores {_spell(wanted)} bits there, not {bits} (override '{pattern}')"
+            )
+    for pattern in rules.keep_float:
+        if not any(fnmatchcase(name, pattern) for name in values | nodes | {node.op for node in graph.nodes}):
+            raise UsageError(f"--keep-float '{pattern}' matches no layer, operator or tensor of the model")
+
+
+def _spell(widths: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(widths)))
+
+
+def check_plan(graph: gs.Graph, target: Target, plan: Plan) -> None:
+    """Raise UsageError when a plan (as edited by the user) does not fit the graph or the target."""
+    tensors = graph.tensors()
+    seen: set[str] = set()
+    layers = {layer.weight.name for layer in linear_layers(graph)}
+    order = [item.value for item in walk(graph, plan) if isinstance(item, QuantPoint)]
+    for value, point in plan.items():
+        allowed: Sequence[int] = {"weight": target.weight_bits, "bias": (BIAS_BITS,)}.get(
+            point.role, target.activation_bits
+        )
+        problem = None
+        if value not in tensors or value not in order:
+            problem = "is no value of this model"
+        elif point.grid.bits not in allowed:
+            problem = f"has {point.grid.bits} bits, but target '{target.name}' takes {_spell(allowed)}"
+        elif point.role == "weight" and value not in layers:
+            problem = "is not the weight of a linear layer"
+        elif point.role in ("weight", "bias", "constant") and not is_constant(tensors[value]):
+            problem = f"is no constant, so it cannot be a {point.role}"
+        elif any(name not in plan for name in (point.scale_from or ()) + ((point.tied_to,) if point.tied_to else ())):
+            problem = f"needs {point.scale_from or point.tied_to}, which the plan leaves float"
+        elif point.tied_to and plan[point.tied_to].grid != point.grid:
+            problem = f"is tied to '{point.tied_to}', whose grid differs"
+        if problem:
+            raise UsageError(f"the plan does not fit the model: '{value}' {problem}")
+        seen.add(value)
+
+
+def walk(graph: gs.Graph, plan: Mapping[str, QuantPoint]) -> Iterator[gs.Node | QuantPoint]:
+    """Yield nodes and quantizers in execution order: a value's quantizer right after what produces it.
+
+    Constants are quantized before the first node that reads them. Every reader of a quantized value reads its quantized form.
+    """
+    done: set[str] = set()
+    for tensor in graph.inputs:
+        if tensor.name in plan:
+            yield plan[tensor.name]
+    for node in graph.nodes:
+        for tensor in node.inputs:
+            if is_constant(tensor) and tensor.name in plan and tensor.name not in done:
+                done.add(tensor.name)
+                yield plan[tensor.name]
+        yield node
+        for tensor in node.outputs:
+            if tensor.name in plan:
+                yield plan[tensor.name]

@@ -1,0 +1,38 @@
+"""What a runtime or chip wants of a quantized file. A new target is one record in `TARGETS`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Target:
+    """One record; `storage` maps a weight width in bits to the form its integers are stored in (see `write.STORAGE`)."""
+
+    name: str
+    description: str
+    storage: dict[int, str] = field(default_factory=dict)
+    activation_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+
+    @property
+    def weight_bits(self) -> tuple[int, ...]:
+        """Widths of weights that the target can store."""
+        return tuple(self.storage)
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            "onnxruntime",
+            "ONNX Runtime >= 1.23.2: small files whose weights become int8 when the session is created, so that the "
+            "integer kernels run",
+            storage={2: "lut", 3: "lut", 4: "cast", 5: "int8", 6: "int8", 7: "int8", 8: "int8"},
+        ),
+        Target(
+            "onnx",
+            "portable standard ONNX: INT4 initializer -> DequantizeLinear; ONNX Runtime's CPU provider runs it in float",
+            storage={2: "int4", 3: "int4", 4: "int4", 5: "int8", 6: "int8", 7: "int8", 8: "int8"},
+        ),
+    )
+}

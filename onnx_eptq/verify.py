@@ -1,0 +1,332 @@
+"""The written file in ONNX Runtime against the mirror, node by node. The only module that imports onnxruntime."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from onnx_eptq.calibrate import Batch, apply_linear, feed
+from onnx_eptq.errors import VerificationError
+from onnx_eptq.grid import Quantized, dequantize, quantize
+from onnx_eptq.mirror import Mirror, Probe
+from onnx_eptq.ops import OPS
+from onnx_eptq.plan import Layer, Plan
+
+LEVELS = {
+    "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+MAX_SHARE = 1e-4  # of elements that may be one step off where the runtime computes in float
+FREE = 2  # elements per value that may be: a single tie in a small tensor is no fault
+INTEGER_LINEAR = {"QLinearConv", "QGemm", "QLinearMatMul"}
+INTEGER_OTHER = {
+    *("QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax"),
+    *("QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearReduceMean", "QLinearWhere"),
+}
+
+
+@dataclass
+class Parity:
+    """How the written file differs from the mirror, in quantization steps, each node fed with ONNX Runtime's own inputs.
+
+    `float_*`: every quantized value with the runtime's optimisations off. `integer_*`: values that the runtime's integer
+    kernels for Conv, Gemm and MatMul compute, against exact integer arithmetic. `fused_*`: values of its other integer
+    kernels (Add, Concat, pooling, ...), against the mirror. `basic_equals_off`: network outputs bit for bit.
+    """
+
+    float_values: int = 0
+    float_elements: int = 0
+    float_differences: int = 0
+    integer_values: int = 0
+    integer_elements: int = 0
+    integer_differences: int = 0
+    fused_values: int = 0
+    fused_elements: int = 0
+    fused_differences: int = 0
+    fused_max_steps: int = 0
+    basic_equals_off: bool = True
+    kernels: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Fidelity:
+    """Float against quantized model, both at full optimisation, per output."""
+
+    samples: int
+    sqnr_db: dict[str, float]
+    agreement: dict[str, float]
+
+
+def session(
+    model: onnx.ModelProto | str | Path, level: str = "all", threads: int = 0, *, save_to: Path | None = None
+) -> ort.InferenceSession:
+    """A CPU session; raises VerificationError when the runtime refuses the model."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = LEVELS[level]
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    if save_to:
+        options.optimized_model_filepath = str(save_to)
+    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a dozen unrelated classes
+        first = str(error).strip().splitlines()[0]
+        raise VerificationError(
+            f"ONNX Runtime {ort.__version__} cannot load the model at level '{level}': {first}"
+        ) from error
+
+
+def run(of: ort.InferenceSession, batch: Batch, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Outputs by name."""
+    names = list(names) if names is not None else [output.name for output in of.get_outputs()]
+    inputs = {item.name: batch[item.name] for item in of.get_inputs()}
+    return dict(zip(names, of.run(names, inputs), strict=True))
+
+
+def _exposing(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
+    """A copy whose intermediate values `names` are outputs too."""
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(model)
+    known = {output.name for output in exposed.graph.output}
+    exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+    return exposed
+
+
+def _codes_names(model: onnx.ModelProto) -> dict[str, str]:
+    """For every DequantizeLinear of a computed value: its output's (or a network input's) name -> the integers' name."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    producer = {output: node for node in model.graph.node for output in node.output}
+    names = {}
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] in constants:
+            continue
+        origin = producer[node.input[0]]
+        origin = producer[origin.input[0]] if origin.op_type == "Min" else origin
+        if origin.op_type == "QuantizeLinear":
+            names[node.output[0]] = node.input[0]
+            names[origin.input[0]] = node.input[0]  # a network input keeps its name on the float side
+    return names
+
+
+def _check_steps(value: str, producer: str, ours: Tensor, theirs: Tensor) -> int:
+    """Count the differing elements; raise when they are more, or further off, than float rounding explains."""
+    steps = (ours.long() - theirs.long()).abs()
+    count = int((steps > 0).sum())
+    if int(steps.max() if steps.numel() else 0) > 1 or count > max(FREE, 10 * MAX_SHARE * steps.numel()):
+        raise VerificationError(
+            f"node {producer}, value '{value}': the written file and the simulation differ in {count} of {steps.numel()} "
+            f"elements by up to {int(steps.max())} steps; this is a bug, please report it with the model"
+        )
+    return count
+
+
+def _check_float(parity: Parity, student: Mirror, plan: Plan, batch: Batch, theirs: Mapping[str, Tensor]) -> None:
+    """Every planned value against the runtime's, each computed from the runtime's own values before it."""
+    producer = {n.meta["value"]: str(n.meta.get("onnx") or n.args[0]) for n in student.graph.nodes if "value" in n.meta}
+
+    def see(value: str, x: Tensor) -> Tensor:
+        if value not in theirs:
+            return x
+        point = plan[value]
+        qparams = student.qparams_of(point)
+        parity.float_differences += _check_steps(
+            value, producer[value], quantize(x, qparams, point.grid), theirs[value]
+        )
+        parity.float_values += 1
+        parity.float_elements += x.numel()
+        return dequantize(theirs[value].to(x.device), qparams, point.grid)
+
+    Probe(student, see).run(*feed(student, batch))
+
+
+def _simulate_integers(
+    layer: Layer, value: str, plan: Plan, quantized: Mapping[str, Quantized], inputs: Tensor
+) -> Tensor:
+    """Exact integer arithmetic of QLinearConv, QGemm and QLinearMatMul with a float32 multiplier.
+
+    acc = sum (xq - zx) * wq + bias;  yq = clamp(round_half_even(float32(acc) * float32(s_x * s_w) / s_y) + z_y)
+    """
+    source, output = quantized[plan.root(layer.source.name).value].qparams, quantized[plan.root(value).value]
+    weight = quantized[layer.weight.name]
+    assert weight.integers is not None
+    acc = apply_linear(layer, (inputs - source.zero_point).double(), weight.integers.double())
+    shape = [1] * acc.ndim
+    shape[layer.output_axis] = -1
+    if layer.bias is not None:
+        codes = quantized[layer.bias.name].integers
+        assert codes is not None
+        acc = acc + codes.double().reshape(shape)
+    multiplier = (source.scale * weight.qparams.scale) / output.qparams.scale
+    multiplier = multiplier.reshape(shape) if multiplier.ndim else multiplier
+    result = torch.round(acc.float() * multiplier) + output.qparams.zero_point
+    return torch.clamp(result, output.grid.qmin, output.grid.qmax)
+
+
+def _layers_by_value(layers: Iterable[Layer], plan: Plan) -> dict[str, Layer]:
+    """Layers by the quantized value they end in: their own output, or that of the Relu/Clip fused to it."""
+    found = {}
+    for layer in layers:
+        output = layer.output
+        if output.name not in plan and len(output.outputs) == 1 and OPS[output.outputs[0].op].role_of({}) == "clamp":
+            output = output.outputs[0].outputs[0]
+        if output.name in plan and layer.weight.name in plan and layer.source.name in plan:
+            found[output.name] = layer
+    return found
+
+
+def _check_integer(
+    parity: Parity,
+    layers: Mapping[str, Layer],
+    plan: Plan,
+    quantized: Mapping[str, Quantized],
+    ran: _Optimized,
+    batch: Batch,
+) -> None:
+    """Values that integer kernels computed, from the integers those kernels read."""
+    values = ran.run(batch)
+    for value, op in ran.producers.items():
+        layer = layers.get(value)
+        if op not in INTEGER_LINEAR or layer is None or layer.source.name not in values:
+            continue
+        ours = _simulate_integers(layer, value, plan, quantized, values[layer.source.name].int())
+        different = int((ours != values[value]).sum())
+        if different:
+            raise VerificationError(
+                f"node '{layer.node.name}', value '{value}': {op} and exact integer arithmetic differ in {different} of "
+                f"{ours.numel()} elements; this is a bug, please report it with the model"
+            )
+        parity.integer_values += 1
+        parity.integer_elements += ours.numel()
+
+
+def _check_fused(parity: Parity, student: Mirror, plan: Plan, ran: _Optimized, batch: Batch) -> None:
+    """Values of other integer kernels against the mirror: these kernels round on their own, so differences are reported."""
+    values = ran.run(batch)
+
+    def see(value: str, x: Tensor) -> Tensor:
+        if value not in values:
+            return x
+        point = plan[value]
+        qparams = student.qparams_of(point)
+        if ran.producers.get(value) in INTEGER_OTHER:
+            steps = (quantize(x, qparams, point.grid).cpu().long() - values[value].long()).abs()
+            parity.fused_values += 1
+            parity.fused_elements += x.numel()
+            parity.fused_differences += int((steps > 0).sum())
+            parity.fused_max_steps = max(parity.fused_max_steps, int(steps.max()))
+        return dequantize(values[value].to(x.device), qparams, point.grid)
+
+    Probe(student, see).run(*feed(student, batch))
+
+
+class _Optimized:
+    """The graph that ONNX Runtime really executes, with its integer values readable under their planned names."""
+
+    def __init__(self, model: onnx.ModelProto, names: Mapping[str, str], threads: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "optimized.onnx"
+            session(model, "extended", threads, save_to=path)
+            optimized = onnx.load(path)
+        made = {output: node.op_type for node in optimized.graph.node for output in node.output}
+        self.names = {value: codes for value, codes in names.items() if codes in made}
+        self.producers = {value: made[codes] for value, codes in self.names.items()}
+        self.kernels: dict[str, int] = {}
+        for node in optimized.graph.node:
+            self.kernels[node.op_type] = self.kernels.get(node.op_type, 0) + 1
+        self.session = session(_exposing(optimized, sorted(set(self.names.values()))), "off", threads)
+
+    def run(self, batch: Batch) -> dict[str, Tensor]:
+        wanted = sorted(set(self.names.values()))
+        codes = run(self.session, batch, wanted)
+        return {value: torch.from_numpy(codes[name]) for value, name in self.names.items()}
+
+
+def check_parity(
+    model: onnx.ModelProto,
+    student: Mirror,
+    plan: Plan,
+    layers: Sequence[Layer],
+    quantized: Mapping[str, Quantized],
+    batches: Iterable[Batch],
+    threads: int = 0,
+) -> Parity:
+    """Compare the written model with the mirror on the given batches.
+
+    Raises:
+        VerificationError: with the node's name, where the two differ by more than float rounding explains: any difference
+            where the runtime executes integers; where it executes float, one step in more than 1e-4 of all elements.
+    """
+    parity = Parity()
+    names = {value: codes for value, codes in _codes_names(model).items() if value in plan}
+    off = session(_exposing(model, sorted(set(names.values()))), "off", threads)
+    plain, basic = session(model, "off", threads), session(model, "basic", threads)
+    optimized = _Optimized(model, names, threads)
+    parity.kernels = optimized.kernels
+    ends = _layers_by_value(layers, plan)
+    with torch.no_grad():
+        for batch in batches:
+            codes = run(off, batch, sorted(set(names.values())))
+            _check_float(parity, student, plan, batch, {v: torch.from_numpy(codes[name]) for v, name in names.items()})
+            _check_integer(parity, ends, plan, quantized, optimized, batch)
+            _check_fused(parity, student, plan, optimized, batch)
+            _check_basic(parity, run(plain, batch), run(basic, batch))
+    if parity.float_differences > max(FREE, MAX_SHARE * parity.float_elements):
+        raise VerificationError(
+            f"the written file and the simulation differ in {parity.float_differences} of {parity.float_elements} elements; "
+            "this is a bug, please report it with the model"
+        )
+    return parity
+
+
+def _check_basic(parity: Parity, off: Mapping[str, np.ndarray], basic: Mapping[str, np.ndarray]) -> None:
+    for name, values in off.items():
+        if not np.array_equal(values, basic[name], equal_nan=values.dtype.kind == "f"):
+            parity.basic_equals_off = False
+            raise VerificationError(
+                f"output '{name}' changes when ONNX Runtime's basic optimisations are on; this is a bug, please report it with "
+                "the model"
+            )
+
+
+def measure_fidelity(
+    float_model: onnx.ModelProto, written: str | Path | onnx.ModelProto, batches: Iterable[Batch], threads: int = 0
+) -> Fidelity:
+    """Signal-to-noise ratio (dB) and argmax agreement (%) of every float output, both models at full optimisation.
+
+    Agreement is over axis 1 (or the last one of two), where that axis has at least two entries.
+    """
+    ours, theirs = session(float_model, "all", threads), session(written, "all", threads)
+    names = [output.name for output in ours.get_outputs()]
+    signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    agree, total = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    samples = 0
+    for batch in batches:
+        expected, found = run(ours, batch), run(theirs, batch)
+        samples += len(next(iter(batch.values())))
+        for name in names:
+            a, b = np.asarray(expected[name], np.float64), np.asarray(found[name], np.float64)
+            signal[name] += float((a**2).sum())
+            noise[name] += float(((a - b) ** 2).sum())
+            if a.ndim >= 2 and a.shape[1] > 1:
+                same = a.argmax(1) == b.argmax(1)
+                agree[name] += int(same.sum())
+                total[name] += same.size
+    return Fidelity(
+        samples,
+        {
+            name: round(float(10 * np.log10(signal[name] / max(noise[name], 1e-30))) if signal[name] else 0.0, 2)
+            for name in names
+        },
+        {name: round(100 * agree[name] / total[name], 2) for name in names if total[name]},
+    )

@@ -1,0 +1,229 @@
+"""Writes the quantized graph as standard QDQ ONNX: follows `walk`, places integers that are given, computes no number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnx_eptq import graph as graphs
+from onnx_eptq.errors import ModelError
+from onnx_eptq.grid import DTYPES, Grid, Quantized
+from onnx_eptq.plan import QuantPoint, walk
+
+Storage = Callable[["Writer", str, np.ndarray, Grid], gs.Tensor]
+STORAGE: dict[str, Storage] = {}
+SUB_BYTE = {DTYPES["int4"].onnx, DTYPES["uint4"].onnx}
+
+
+def storage(name: str) -> Callable[[Storage], Storage]:
+    """Register a storage form: (writer, name, integers, grid) -> the tensor that DequantizeLinear reads."""
+
+    def register(function: Storage) -> Storage:
+        STORAGE[name] = function
+        return function
+
+    return register
+
+
+class Writer:
+    """The graph under construction, and the small constants that many of its nodes share."""
+
+    def __init__(self, graph: gs.Graph, plan: Mapping[str, QuantPoint], quantized: Mapping[str, Quantized]) -> None:
+        self.graph, self.plan, self.quantized = graph, plan, quantized
+        self.tensors = graph.tensors()
+        self.taken = set(self.tensors) | {node.name for node in graph.nodes}
+        self.shared: dict[str, gs.Constant] = {}
+
+    def name(self, wanted: str) -> str:
+        """A name nothing else has."""
+        return graphs.fresh(wanted, self.taken)
+
+    def constant(self, wanted: str, values: np.ndarray) -> gs.Constant:
+        """A new initializer."""
+        return gs.Constant(self.name(wanted), np.array(values, order="C"))
+
+    def common(self, key: str, values: np.ndarray) -> gs.Constant:
+        """An initializer that all who ask for `key` share."""
+        if key not in self.shared:
+            self.shared[key] = self.constant(key, values)
+        return self.shared[key]
+
+    def zeros(self, dtype: str, shape: tuple[int, ...]) -> gs.Constant:
+        """A shared zero point of all zeros."""
+        key = f"zero_point_{dtype}_{'x'.join(map(str, shape)) or 'scalar'}"
+        if DTYPES[dtype].onnx not in SUB_BYTE:
+            return self.common(key, np.zeros(shape, dtype))
+        if key not in self.shared:
+            codes = np.zeros(shape, np.int8)
+            self.shared[key] = graphs.packed_constant(self.name(key), codes, DTYPES[dtype].onnx)
+        return self.shared[key]
+
+    def node(
+        self, op: str, name: str, inputs: list[gs.Tensor], output: gs.Variable | None = None, **attrs: object
+    ) -> gs.Variable:
+        """Append a node and return its output, by default a new variable called like the node."""
+        unique = self.name(name)
+        output = output if output is not None else gs.Variable(unique)
+        self.graph.nodes.append(gs.Node(op, unique, attrs=attrs, inputs=inputs, outputs=[output]))
+        return output
+
+    def activation(self, point: QuantPoint) -> None:
+        """Put Quantize -> Dequantize on a variable; whoever reads the variable then reads the dequantized one."""
+        value = self.tensors[point.value]
+        root = point.tied_to or point.value
+        qparams = self.quantized[root].qparams
+        scale = self.common(f"{root}_scale", qparams.scale.numpy())
+        zero_point = self.common(f"{root}_zero_point", qparams.zero_point.numpy().astype(np.uint8))
+        readers = list(value.outputs)
+        restored: gs.Variable
+        if value.inputs:  # the name stays with the dequantized value, so that graph outputs keep theirs
+            source = gs.Variable(self.name(f"{value.name}_unquantized"), dtype=value.dtype, shape=value.shape)
+            producer = value.inputs[0]
+            producer.outputs[[output is value for output in producer.outputs].index(True)] = source
+            restored = value
+        else:
+            source, restored = (
+                value,
+                gs.Variable(self.name(f"{value.name}_dequantized"), dtype=value.dtype, shape=value.shape),
+            )
+            for reader in readers:
+                _replace_input(reader, value, restored)
+        codes = self.node("QuantizeLinear", f"{value.name}_quantized", [source, scale, zero_point])
+        if point.grid.bits < 8:  # no runtime executes narrower activations, but an integer Min keeps its kernels usable
+            limit = self.common(f"qmax_{point.grid.qmax}", np.array(point.grid.qmax, np.uint8))
+            codes = self.node("Min", f"{value.name}_limited", [codes, limit])
+        self.node("DequantizeLinear", f"{value.name}_dq", [codes, scale, zero_point], restored)
+
+    def stored(self, point: QuantPoint, form: str) -> None:
+        """Replace a float constant by its integers and a DequantizeLinear."""
+        value = self.tensors[point.value]
+        integers, qparams, grid = self.quantized[point.value]
+        assert integers is not None
+        codes = integers.numpy()
+        scale = self.common(f"{value.name}_scale", qparams.scale.numpy())
+        inputs: list[gs.Tensor]
+        if point.role == "bias":
+            inputs = [self.constant(f"{value.name}_quantized", codes), scale]
+        elif point.role == "constant":
+            zero_point = self.common(f"{value.name}_zero_point", qparams.zero_point.numpy().astype(np.uint8))
+            inputs = [self.constant(f"{value.name}_quantized", codes.astype(np.uint8)), scale, zero_point]
+        else:
+            dtype = "int4" if form == "int4" else "int8"
+            stored = STORAGE[form](self, value.name, codes.astype(np.int8), grid)
+            inputs = [stored, scale, self.zeros(dtype, tuple(qparams.scale.shape))]
+        attrs = {} if grid.axis is None else {"axis": grid.axis}
+        readers = list(value.outputs)
+        restored = self.node("DequantizeLinear", f"{value.name}_dequantized", inputs, **attrs)
+        for reader in readers:
+            _replace_input(reader, value, restored)
+
+
+def _replace_input(node: gs.Node, old: gs.Tensor, new: gs.Tensor) -> None:
+    for index, tensor in enumerate(node.inputs):
+        if tensor is old:
+            node.inputs[index] = new
+
+
+@storage("int8")
+def _int8(writer: Writer, name: str, codes: np.ndarray, grid: Grid) -> gs.Tensor:
+    """One byte per weight, whatever its width."""
+    return writer.constant(f"{name}_quantized", codes)
+
+
+@storage("int4")
+def _int4(writer: Writer, name: str, codes: np.ndarray, grid: Grid) -> gs.Tensor:
+    """A plain INT4 initializer (opset 21)."""
+    return graphs.packed_constant(writer.name(f"{name}_quantized"), codes, DTYPES["int4"].onnx)
+
+
+@storage("cast")
+def _cast(writer: Writer, name: str, codes: np.ndarray, grid: Grid) -> gs.Tensor:
+    """INT4 -> Cast(INT8): folded when the session is created, so that the integer kernels see INT8."""
+    packed = graphs.packed_constant(writer.name(f"{name}_packed"), codes, DTYPES["int4"].onnx)
+    return writer.node("Cast", f"{name}_quantized", [packed], to=DTYPES["int8"].onnx)
+
+
+@storage("lut")
+def _lut(writer: Writer, name: str, codes: np.ndarray, grid: Grid) -> gs.Tensor:
+    """Packed bytes that a Gather from a table of 256 rows unpacks; runs on every runtime, also at 2 and at true 3 bits."""
+    if grid.bits in (2, 4):
+        flat = _unpacked(writer, name, codes, grid.bits, signed=True, dtype=np.int8)
+        return _shaped(writer, f"{name}_quantized", flat, codes.shape)
+    low = _unpacked(writer, f"{name}_low", codes & 3, 2, signed=False, dtype=np.int32)
+    high = _unpacked(writer, f"{name}_high", (codes >> 2) & 1, 1, signed=False, dtype=np.int32, step=-4)
+    planes = [
+        _shaped(writer, f"{name}_{plane}_codes", flat, codes.shape) for plane, flat in (("low", low), ("high", high))
+    ]
+    return writer.node("Cast", f"{name}_quantized", [writer.node("Add", f"{name}_sum", planes)], to=DTYPES["int8"].onnx)
+
+
+def _unpacked(
+    writer: Writer, name: str, codes: np.ndarray, bits: int, *, signed: bool, dtype: type, step: int = 1
+) -> gs.Tensor:
+    """Packed bytes -> integers, flat: row b of the table holds the 8 / bits values that byte b stands for, times `step`."""
+    table = graphs.unpack(bytes(range(256)), bits, (256, 8 // bits), signed).astype(dtype) * dtype(step)
+    packed = writer.constant(f"{name}_packed", np.frombuffer(graphs.pack(codes, bits), np.uint8))
+    index = writer.node("Cast", f"{name}_index", [packed], to=DTYPES["int32"].onnx)
+    rows = writer.common(f"table_{bits}bit_{np.dtype(dtype).name}_{step}", table)
+    values = writer.node("Gather", f"{name}_values", [rows, index])
+    padding = -codes.size % (8 // bits)
+    if not padding:
+        return values
+    flat = writer.node("Reshape", f"{name}_flat", [values, writer.common("shape_flat", np.array([-1]))])
+    ends = [writer.common(f"index_{end}", np.array([end])) for end in (0, codes.size)]
+    return writer.node("Slice", f"{name}_cut", [flat, *ends])
+
+
+def _shaped(writer: Writer, name: str, flat: gs.Tensor, shape: tuple[int, ...]) -> gs.Tensor:
+    return writer.node("Reshape", name, [flat, writer.constant(f"{name}_shape", np.array(shape, np.int64))])
+
+
+def write(
+    graph: gs.Graph,
+    plan: Mapping[str, QuantPoint],
+    quantized: Mapping[str, Quantized],
+    storage_of: Mapping[int, str],
+    *,
+    opset: int = 21,
+    metadata: Mapping[str, str] | None = None,
+) -> onnx.ModelProto:
+    """Return the model with the plan's quantizers as Q/DQ nodes and the given integers as initializers.
+
+    Args:
+        graph: the prepared float graph; not modified.
+        plan: where quantizers sit.
+        quantized: integers and parameters of every planned value, as `Mirror.export` returns them.
+        storage_of: storage form (a key of `STORAGE`) per weight width in bits.
+        opset: 21, or 13 for runtimes that know nothing newer (no sub-byte types there).
+        metadata: entries for the model's metadata_props.
+
+    Raises:
+        ModelError: the graph or a storage form cannot be expressed in `opset`.
+    """
+    writer = Writer(graphs.copy(graph), plan, quantized)
+    for item in list(walk(writer.graph, plan)):
+        if isinstance(item, QuantPoint):
+            if item.role == "activation":
+                writer.activation(item)
+            else:
+                writer.stored(item, storage_of[item.grid.bits] if item.role == "weight" else "int8")
+    model = graphs.to_model(writer.graph, opset=max(graph.opset, 21), ir_version=10, metadata=metadata)
+    return model if opset >= 21 else _lowered(model, opset)
+
+
+def _lowered(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """The same model for an older opset, IR version 8."""
+    if any(tensor.data_type in SUB_BYTE for tensor in model.graph.initializer):
+        raise ModelError(f"4-bit tensors need opset 21, not {opset}; ask for storage 'int8' or 'lut'")
+    try:
+        lowered = onnx.version_converter.convert_version(model, opset)
+    except (RuntimeError, onnx.version_converter.ConvertError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"the model cannot be written for opset {opset} ({reason}); use the default, 21") from error
+    lowered.ir_version = 8
+    del lowered.metadata_props[:]
+    lowered.metadata_props.extend(model.metadata_props)
+    return lowered
