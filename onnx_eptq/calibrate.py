@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
 from onnx_eptq.grid import MIN_SCALE, Grid, QParams, affine_qparams, along, fake_quantize, symmetric_qparams
 from onnx_eptq.mirror import Mirror, Probe
 from onnx_eptq.ops import OPS
-from onnx_eptq.plan import Layer, Limits, Plan, QuantPoint
+from onnx_eptq.plan import Layer, Limits, Plan, is_constant
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +23,8 @@ BINS = 4096
 MAX_BIAS = 2**30  # leaves the other half of int32 to the sum of products it is added to
 
 Batch = Mapping[str, np.ndarray]
-Calibrator = Callable[["Histogram", Grid, Limits], QParams]
+View = Callable[[Tensor], Tensor]
+Calibrator = Callable[["Histogram", Grid, Limits, View], QParams]
 WeightCalibrator = Callable[[Tensor, Grid], QParams]
 
 CALIBRATORS: dict[str, Calibrator] = {}
@@ -29,7 +32,10 @@ WEIGHT_CALIBRATORS: dict[str, WeightCalibrator] = {}
 
 
 def calibrator(name: str) -> Callable[[Calibrator], Calibrator]:
-    """Register an activation calibrator: (histogram, grid, limits) -> parameters."""
+    """Register an activation calibrator: (histogram, grid, limits, view) -> parameters.
+
+    `view` is what the value's only reader makes of it, where that reader is elementwise; else the identity.
+    """
 
     def register(function: Calibrator) -> Calibrator:
         CALIBRATORS[name] = function
@@ -127,14 +133,14 @@ def feed(mirror: Mirror, batch: Batch) -> list[Tensor]:
 @torch.no_grad()
 def observe(teacher: Mirror, plan: Plan, layers: Iterable[Layer], batches: Iterable[Batch]) -> Stats:
     """Run the float model over all batches and gather statistics; memory is constant in the number of samples."""
-    wanted = {point.value for point in plan.values() if point.role == "activation" and not point.tied_to}
-    histograms = {value: Histogram() for value in plan if value in wanted}
+    shared = {p.value: p.tied_to or p.value for p in plan.values() if p.role == "activation" and not p.moved}
+    histograms = {root: Histogram() for value, root in shared.items() if value == root}
     means = {layer.source.name: _Mean() for layer in layers if layer.bias is not None}
     stats = Stats(histograms)
 
     def see(value: str, x: Tensor) -> Tensor:
-        if value in histograms:
-            histograms[value].update(x)
+        if value in shared:
+            histograms[shared[value]].update(x)
         if value in means and x.ndim:
             means[value].update(x)
         return x
@@ -156,13 +162,15 @@ def _bounded(histogram: Histogram, limits: Limits) -> tuple[float, float]:
 
 
 @calibrator("minmax")
-def minmax(histogram: Histogram, grid: Grid, limits: Limits) -> QParams:
+def minmax(histogram: Histogram, grid: Grid, limits: Limits, view: View = torch.clone) -> QParams:
     """The whole range that was seen."""
     return affine_qparams(*_bounded(histogram, limits), grid)
 
 
 @calibrator("percentile")
-def percentile(histogram: Histogram, grid: Grid, limits: Limits, share: float = 0.9999) -> QParams:
+def percentile(
+    histogram: Histogram, grid: Grid, limits: Limits, view: View = torch.clone, share: float = 0.9999
+) -> QParams:
     """The range that holds `share` of all elements, cutting the same number at either end."""
     low, high = _bounded(histogram, limits)
     cumulated = torch.cumsum(histogram.counts, 0) / histogram.counts.sum()
@@ -179,21 +187,24 @@ def _affine_candidates(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, T
     return scale, zero_point
 
 
-def _histogram_error(histogram: Histogram, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """Mean squared error of quantizing the histogram's data, per candidate; bins count with their centers."""
+def _histogram_error(histogram: Histogram, scale: Tensor, zero_point: Tensor, grid: Grid, view: View) -> Tensor:
+    """Mean squared error behind `view` of quantizing the histogram's data, per candidate; bins count with their centers."""
     used = histogram.counts > 0
     x, weight = histogram.centers[used], histogram.counts[used]
+    exact = view(x)
     errors = []
     for s, z in zip(scale.split(64), zero_point.split(64), strict=True):
         s, z = s[:, None], z[:, None]
         snapped = (torch.clamp(torch.round(x / s) + z, grid.qmin, grid.qmax) - z) * s
-        errors.append(((snapped - x) ** 2 * weight).sum(1))
+        errors.append(((view(snapped) - exact) ** 2 * weight).sum(1))
     return torch.cat(errors) / weight.sum()
 
 
 @calibrator("mse")
-def mse(histogram: Histogram, grid: Grid, limits: Limits, rounds: int = 3, points: int = 12) -> QParams:
-    """The range of least mean squared error: a grid search over both ends, refined around the best."""
+def mse(
+    histogram: Histogram, grid: Grid, limits: Limits, view: View = torch.clone, rounds: int = 3, points: int = 12
+) -> QParams:
+    """The range of least mean squared error behind `view`: a grid search over both ends, refined around the best."""
     low, high = _bounded(histogram, limits)
     if low == high:
         return affine_qparams(low, high, grid)
@@ -204,14 +215,16 @@ def mse(histogram: Histogram, grid: Grid, limits: Limits, rounds: int = 3, point
         highs = (best_high + steps).clamp(1e-3, 1) if high > 0 else torch.zeros(1, dtype=torch.float64)
         pairs = torch.cartesian_prod(lows, highs)
         scale, zero_point = _affine_candidates(pairs[:, 0] * low, pairs[:, 1] * high, grid)
-        best = int(torch.argmin(_histogram_error(histogram, scale, zero_point, grid)))
+        best = int(torch.argmin(_histogram_error(histogram, scale, zero_point, grid, view)))
         best_low, best_high = float(pairs[best, 0]), float(pairs[best, 1])
         reach *= 2.5 / points
     return affine_qparams(best_low * low, best_high * high, grid)
 
 
 @calibrator("entropy")
-def entropy(histogram: Histogram, grid: Grid, limits: Limits, points: int = 64) -> QParams:
+def entropy(
+    histogram: Histogram, grid: Grid, limits: Limits, view: View = torch.clone, points: int = 64
+) -> QParams:
     """The range whose quantized distribution has the least Kullback-Leibler divergence from the data's.
 
     Both ends shrink together; data beyond them counts in the outermost levels, as it does when it saturates.
@@ -219,8 +232,10 @@ def entropy(histogram: Histogram, grid: Grid, limits: Limits, points: int = 64) 
     low, high = _bounded(histogram, limits)
     if low == high:
         return affine_qparams(low, high, grid)
-    used = histogram.counts > 0
-    x, p = histogram.centers[used], histogram.counts[used] / histogram.counts.sum()
+    # Zero lies on every grid: the many zeros behind a Relu say nothing about the range.
+    bin_width = (histogram.high - histogram.low) / histogram.counts.numel()
+    used = (histogram.counts > 0) & (histogram.centers.abs() > bin_width)
+    x, p = histogram.centers[used], histogram.counts[used] / histogram.counts[used].sum()
     shares = torch.linspace(1.0, 0.1, points, dtype=torch.float64)
     scales, zero_points = _affine_candidates(shares * low, shares * high, grid)
     divergence = []
@@ -253,6 +268,14 @@ def absmax(weight: Tensor, grid: Grid) -> QParams:
     return symmetric_qparams(threshold if grid.axis is not None else threshold[0], grid)
 
 
+def _share_of_absmax(share: float, weight: Tensor, grid: Grid) -> QParams:
+    qparams = absmax(weight, grid)
+    return QParams(qparams.scale * share, qparams.zero_point)
+
+
+SHARES = (0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.14)  # 8/7: the largest magnitude lands on -8
+
+
 @weight_calibrator("mse")
 def weight_mse(weight: Tensor, grid: Grid, points: int = 60) -> QParams:
     """The threshold of least squared error per channel, among shares 0.2 to 1.1 of the largest magnitude."""
@@ -269,8 +292,30 @@ def weight_mse(weight: Tensor, grid: Grid, points: int = 60) -> QParams:
     return symmetric_qparams(chosen if grid.axis is not None else chosen[0], grid)
 
 
-def calibrate(plan: Plan, stats: Stats, mirror: Mirror, method: str = "mse") -> dict[str, QParams]:
-    """Parameters of every planned activation, constant operand and weight (weights: abs-max, to be refined)."""
+def views(graph: gs.Graph) -> dict[str, View]:
+    """What elementwise operators make of the values that they alone read."""
+    found: dict[str, View] = {}
+    for node in graph.nodes:
+        parameters = node.inputs[1:]
+        if not OPS[node.op].unary or len(node.inputs[0].outputs) != 1 or not all(map(is_constant, parameters)):
+            continue
+        numbers = [float(np.asarray(tensor.values).reshape(-1)[0]) for tensor in parameters if np.size(tensor.values) == 1]
+        if len(numbers) == len(parameters):
+            found[node.inputs[0].name] = partial(_view, OPS[node.op].function, numbers, dict(node.attrs))
+    return found
+
+
+def _view(function: View, parameters: list[float], attributes: dict[str, object], x: Tensor) -> Tensor:
+    return function(x, *parameters, **attributes)
+
+
+def calibrate(
+    plan: Plan, stats: Stats, mirror: Mirror, method: str = "mse", seen: Mapping[str, View] | None = None
+) -> dict[str, QParams]:
+    """Parameters of every planned activation, constant operand and weight (weights: abs-max, to be refined).
+
+    `seen`: what the only reader of a value makes of it, as `views` returns it.
+    """
     qparams: dict[str, QParams] = {}
     for value, point in plan.items():
         if point.role == "weight":
@@ -283,7 +328,8 @@ def calibrate(plan: Plan, stats: Stats, mirror: Mirror, method: str = "mse") -> 
             if histogram.min > histogram.max:
                 log.warning("no data reached '%s'; its scale is 1", value)
                 histogram.update(torch.tensor([0.0, 255.0]))
-            qparams[value] = CALIBRATORS[method](histogram, point.grid, point.limits)
+            chosen = CALIBRATORS["minmax" if point.whole_range else method]
+            qparams[value] = chosen(histogram, point.grid, point.limits, (seen or {}).get(value, torch.clone))
     return qparams
 
 
@@ -307,18 +353,23 @@ def choose_weight_scales(
     plan: Plan,
     layers: Iterable[Layer],
     batches: Iterable[Batch],
-    methods: Iterable[str] = ("absmax", "mse"),
+    method: str = "output",
 ) -> dict[str, QParams]:
-    """Per weight and channel, the calibrator whose rounding disturbs the layer's output least on the given batches.
+    """Weight parameters by one of `WEIGHT_CALIBRATORS`, or by `output`, which compares them and more.
 
+    `output` takes, per channel, among abs-max, the least squared error and a range of shares of abs-max the one whose
+    rounding disturbs the layer's output least on the given batches.
     Where the layer has a bias, only the spread of the error counts: its mean is what bias correction removes.
     """
     users: dict[str, list[Layer]] = {}
     for layer in layers:
         if layer.weight.name in plan:
             users.setdefault(layer.weight.name, []).append(layer)
+    methods = [WEIGHT_CALIBRATORS[method]] if method != "output" else list(WEIGHT_CALIBRATORS.values())
+    if method == "output":
+        methods += [partial(_share_of_absmax, share) for share in SHARES]
     candidates = {
-        name: [WEIGHT_CALIBRATORS[method](teacher.constant(name).cpu(), plan[name].grid) for method in methods]
+        name: [calibrate_weight(teacher.constant(name).cpu(), plan[name].grid) for calibrate_weight in methods]
         for name in users
     }
     if all(len(options) == 1 for options in candidates.values()):

@@ -5,6 +5,7 @@ names to be unique. `load` keeps aside what it forgets (`graph.extras`), `to_mod
 """
 
 import contextlib
+import logging
 import math
 import os
 import shutil
@@ -25,6 +26,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnx_eptq.errors import ModelError, OutputError
 
+LOG = logging.getLogger(__name__)
 OPSETS = range(7, 26)
 STANDARD_DOMAINS = (None, "", "ai.onnx")
 PROTOBUF_LIMIT = 2**31 - 2**20  # protobuf refuses 2 GiB; the rest is room for the nodes
@@ -46,8 +48,9 @@ _SIGNATURES = {
 
 @dataclass
 class NodeExtras:
-    """What graphsurgeon drops from a node."""
+    """What graphsurgeon drops from a node; the attributes belong to the operator the node was."""
 
+    op: str
     doc_string: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
     attributes: list[AttributeProto] = field(default_factory=list)
@@ -83,7 +86,7 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto | gs.Graph) -> gs.Grap
     if isinstance(source, gs.Graph):
         return copy(source)
     if isinstance(source, onnx.ModelProto):
-        model, label = onnx.ModelProto(), "the model"
+        model, label = onnx.ModelProto(), "The model"
         model.CopyFrom(source)
         _refuse_external(model)
     else:
@@ -160,11 +163,10 @@ def _check_wiring(graph: onnx.GraphProto, label: str) -> None:
     """Refuse a top-level graph that reads what nothing makes, or makes one value twice."""
     known = {v.name for v in graph.input} | {t.name for t in graph.initializer}
     known |= {t.values.name for t in graph.sparse_initializer}
-    inputs = {v.name for v in graph.input}
     made: set[str] = set()
     for node in graph.node:
         for name in filter(None, node.output):
-            if name in made or name in inputs:
+            if name in made or name in known:
                 raise ModelError(f"{label} makes the value '{name}' twice (node '{node.name}'); export it again.")
             made.add(name)
     for name in [n for node in graph.node for n in node.input if n] + [v.name for v in graph.output]:
@@ -238,7 +240,7 @@ def _harvest(model: onnx.ModelProto) -> Extras:
         annotations=list(graph.quantization_annotation),
     )
     for value in [*graph.input, *graph.output]:
-        extras.interface[value.name] = value
+        extras.interface[value.name] = ValueInfoProto.FromString(value.SerializeToString())
     for value in graph.value_info:
         if value.doc_string or value.metadata_props:
             extras.values[value.name] = (value.doc_string, _props(value.metadata_props))
@@ -254,7 +256,7 @@ def _harvest_nodes(graph: onnx.GraphProto, extras: Extras) -> None:
             for attribute in odd:
                 kept.append(AttributeProto.FromString(attribute.SerializeToString()))
                 node.attribute.remove(attribute)
-            extras.nodes[node.name] = NodeExtras(node.doc_string, _props(node.metadata_props), kept)
+            extras.nodes[node.name] = NodeExtras(node.op_type, node.doc_string, _props(node.metadata_props), kept)
         for subgraph in _subgraph_protos(node):
             _harvest_nodes(subgraph, extras)
 
@@ -280,6 +282,9 @@ def _drop_untyped(graph: onnx.GraphProto) -> None:
     for value in [*graph.input, *graph.output, *graph.value_info]:
         if value.type.WhichOneof("value") not in ("tensor_type", "sequence_type"):
             value.ClearField("type")
+    for node in graph.node:
+        for subgraph in _subgraph_protos(node):
+            _drop_untyped(subgraph)
 
 
 def _absorb_constant_nodes(graph: gs.Graph) -> None:
@@ -358,6 +363,7 @@ def copy(graph: gs.Graph) -> gs.Graph:
     old = extras(graph)
     result.extras = Extras(**{**vars(old), "metadata": dict(old.metadata), "nodes": dict(old.nodes)})
     result.import_domains = list(graph.import_domains or [])
+    result.name_idx = graph.name_idx
     return result
 
 
@@ -520,7 +526,11 @@ def infer_shapes(graph: gs.Graph) -> None:
     for value in model.graph.output:
         value.ClearField("type")  # exporters give unrelated outputs the same symbolic dimension
     model.graph.value_info.extend(_custom_value_info(graph))
-    inferred = onnx.shape_inference.infer_shapes(model, check_type=False, strict_mode=False, data_prop=True)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, check_type=False, strict_mode=False, data_prop=True)
+    except onnx.shape_inference.InferenceError as error:  # a graph may run although ONNX's rules contradict it
+        LOG.warning("shapes are not inferred: %s", _one_line(error))
+        return
     found = {value.name: value for value in [*inferred.graph.value_info, *inferred.graph.output]}
     declared = {id(t) for t in graph.inputs} | {id(t) for t in graph.outputs if t.shape is not None}
     for node in graph.nodes:
@@ -528,7 +538,7 @@ def infer_shapes(graph: gs.Graph) -> None:
             if tensor.name in found and id(tensor) not in declared:
                 _set_type(tensor, found[tensor.name])
     for tensor in graph.outputs:
-        if isinstance(tensor, gs.Variable) and tensor.dtype is None and tensor.name in found:
+        if isinstance(tensor, gs.Variable) and tensor.shape is None and tensor.name in found:
             _set_type(tensor, found[tensor.name])
 
 
@@ -569,7 +579,7 @@ def to_model(
     Raises:
         ModelError: The graph is not a valid ONNX model.
     """
-    if any(t.dtype is None for t in graph.outputs if t.name not in extras(graph).interface):
+    if any(t.dtype is None or t.shape is None for t in graph.outputs):
         infer_shapes(graph)
     unique_names(graph)
     toposort(graph)
@@ -583,7 +593,9 @@ def to_model(
         proto, opset_imports=_opset_imports(graph, opset or graph.opset), ir_version=ir_version
     )
     _restore(model, graph, {**extras(graph).metadata, **(metadata or {})})
-    if _weight_bytes(model) < PROTOBUF_LIMIT:
+    # The checker wants a shape for every output; a runtime does not, and inference cannot always tell it.
+    complete = all(t.dtype is not None and t.shape is not None for t in [*graph.inputs, *graph.outputs])
+    if complete and _weight_bytes(model) < PROTOBUF_LIMIT:
         try:
             onnx.checker.check_model(model)
         except onnx.checker.ValidationError as error:
@@ -641,7 +653,7 @@ def _restore_node(node: onnx.NodeProto, kept: Extras) -> None:
 
 
 def _restore_attributes(node: onnx.NodeProto, kept: Extras) -> None:
-    if node.name in kept.nodes:
+    if node.name in kept.nodes and kept.nodes[node.name].op == node.op_type:
         present = {a.name for a in node.attribute}
         node.attribute.extend(a for a in kept.nodes[node.name].attributes if a.name not in present)
 

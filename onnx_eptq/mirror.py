@@ -183,11 +183,15 @@ class _Builder:
                 self.put(tensor.name, item)
 
     def quantizer(self, point: QuantPoint) -> None:
-        if point.tied_to:  # already on the grid it shares: quantizing again would change nothing
+        if point.moved:  # already on the grid it shares: quantizing again would change nothing
             return
         if point.role != "activation":
             self.constant(self.tensors[point.value])
         before = self.env[point.value]
+        if point.tied_to:
+            self.put(point.value, self.graph.call_module(self.quantizers[point.tied_to], (before,)))
+            before.meta.pop("value")
+            return
         name = _identifier(f"q_{point.value}", self.taken)
         args: tuple[fx.Node, ...] = (before,)
         if point.scale_from:

@@ -9,6 +9,7 @@ computes it; `ints` and `scalar` read both, and only the second costs a wait for
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,10 @@ class Op:
         channel_axis: From the attributes and the weight's number of dimensions to its output-channel axis (None: the
             weight has no axis that is one output channel per slice).
         output_axis: The axis of the output that holds a linear operator's channels.
+        decides: Whether the largest inputs decide the result, so that they must not saturate (Softmax, ArgMax, TopK).
+        joins: Whether the output is made of the inputs' elements, so that they can share one grid (Concat).
+        unary: Whether each output element depends on one element of input 0 alone (LeakyRelu): ranges are then chosen by
+            the error behind it.
         operands: Whether constant inputs are operands like any activation (Add), not parameters (LayerNormalization).
         static: Indices of the inputs that are shapes or parameters: plain Python data when constant.
         bounds: The range that outputs cannot leave, when it is finite.
@@ -55,6 +60,9 @@ class Op:
     channel_axis: ChannelAxis | None = None
     output_axis: int = -1
     operands: bool = False
+    decides: bool = False
+    joins: bool = False
+    unary: bool = False
     static: tuple[int, ...] = ()
     bounds: tuple[float, float] | None = None
     n_outputs: bool = False
@@ -285,7 +293,9 @@ def Gemm(
     return a @ b if alpha == 1 else alpha * (a @ b)
 
 
-MatMul = _binary("MatMul", "linear", torch.matmul, weight=1, channel_axis=lambda attributes, ndim: ndim - 1)
+MatMul = _binary(
+    "MatMul", "linear", torch.matmul, weight=1, channel_axis=lambda attributes, ndim: ndim - 1 if ndim > 1 else None
+)
 
 
 @op("arithmetic")
@@ -421,17 +431,17 @@ def GlobalLpPool(x: Tensor, *, p: int = 2) -> Tensor:
 
 # Activations
 
-Relu = _unary("Relu", "clamp", F.relu)
-Sigmoid = _unary("Sigmoid", "arithmetic", torch.sigmoid, bounds=(0.0, 1.0))
-Tanh = _unary("Tanh", "arithmetic", torch.tanh, bounds=(-1.0, 1.0))
-Softsign = _unary("Softsign", "arithmetic", F.softsign, bounds=(-1.0, 1.0))
-Softplus = _unary("Softplus", "arithmetic", F.softplus)
-Mish = _unary("Mish", "arithmetic", F.mish)
-HardSwish = _unary("HardSwish", "arithmetic", lambda x: x * (x / 6 + 0.5).clamp(0, 1))
+Relu = _unary("Relu", "clamp", F.relu, unary=True)
+Sigmoid = _unary("Sigmoid", "arithmetic", torch.sigmoid, bounds=(0.0, 1.0), unary=True)
+Tanh = _unary("Tanh", "arithmetic", torch.tanh, bounds=(-1.0, 1.0), unary=True)
+Softsign = _unary("Softsign", "arithmetic", F.softsign, bounds=(-1.0, 1.0), unary=True)
+Softplus = _unary("Softplus", "arithmetic", F.softplus, unary=True)
+Mish = _unary("Mish", "arithmetic", F.mish, unary=True)
+HardSwish = _unary("HardSwish", "arithmetic", lambda x: x * (x / 6 + 0.5).clamp(0, 1), unary=True)
 PRelu = _binary("PRelu", "arithmetic", lambda x, slope: torch.where(x < 0, slope * x, x))
 
 
-@op("clamp", static=(1, 2))
+@op("clamp", static=(1, 2), unary=True)
 def Clip(input: Tensor, min: Static = None, max: Static = None) -> Tensor:
     """Limit to [min, max]; max wins where they cross."""
     if isinstance(min, Tensor):
@@ -443,43 +453,43 @@ def Clip(input: Tensor, min: Static = None, max: Static = None) -> Tensor:
     return input if max is None else input.clamp(max=scalar(max))
 
 
-@op("arithmetic")
+@op("arithmetic", unary=True)
 def LeakyRelu(x: Tensor, *, alpha: float = 0.01) -> Tensor:
     """Return x where positive, else alpha * x."""
     return F.leaky_relu(x, alpha)
 
 
-@op("arithmetic")
+@op("arithmetic", unary=True)
 def ThresholdedRelu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
     """Return x where above alpha, else 0."""
     return torch.where(x > alpha, x, 0.0)
 
 
-@op("arithmetic")
+@op("arithmetic", unary=True)
 def Elu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
     """Exponential linear unit."""
     return F.elu(x, alpha)
 
 
-@op("arithmetic")
+@op("arithmetic", unary=True)
 def Celu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
     """Continuously differentiable exponential linear unit."""
     return F.celu(x, alpha)
 
 
-@op("arithmetic")
+@op("arithmetic", unary=True)
 def Selu(x: Tensor, *, alpha: float = 1.67326319217681884765625, gamma: float = 1.05070102214813232421875) -> Tensor:
     """Scaled exponential linear unit."""
     return gamma * F.elu(x, alpha)
 
 
-@op("arithmetic", bounds=(0.0, 1.0))
+@op("arithmetic", bounds=(0.0, 1.0), unary=True)
 def HardSigmoid(x: Tensor, *, alpha: float = 0.2, beta: float = 0.5) -> Tensor:
     """Return alpha * x + beta, limited to [0, 1]."""
     return (alpha * x + beta).clamp(0, 1)
 
 
-@op("arithmetic")
+@op("arithmetic", unary=True)
 def Gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """Gaussian error linear unit."""
     return F.gelu(x, approximate=approximate)
@@ -491,13 +501,13 @@ def Shrink(input: Tensor, *, bias: float = 0.0, lambd: float = 0.5) -> Tensor:
     return torch.where(input < -lambd, input + bias, torch.where(input > lambd, input - bias, 0)).to(input.dtype)
 
 
-@op("arithmetic", bounds=(0.0, 1.0))
+@op("arithmetic", bounds=(0.0, 1.0), decides=True)
 def Softmax(input: Tensor, *, axis: int = -1) -> Tensor:
     """Exponentials along an axis, divided by their sum."""
     return torch.softmax(input, axis)
 
 
-@op("arithmetic")
+@op("arithmetic", decides=True)
 def LogSoftmax(input: Tensor, *, axis: int = -1) -> Tensor:
     """Logarithm of Softmax."""
     return torch.log_softmax(input, axis)
@@ -748,7 +758,7 @@ ArgMax = _place("ArgMax", torch.argmax)
 ArgMin = _place("ArgMin", torch.argmin)
 
 
-@op("untouched", static=(1,))
+@op("untouched", static=(1,), decides=True)
 def TopK(x: Tensor, k: Static, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> tuple[Tensor, Tensor]:
     """The k largest or smallest along an axis and their indices; among equals the first."""
     values, indices = torch.sort(x, dim=axis, descending=bool(largest), stable=True)
@@ -823,7 +833,7 @@ def Tile(input: Tensor, repeats: Static) -> Tensor:
     return input.repeat(ints(repeats))
 
 
-@op("arithmetic", operands=True)
+@op("arithmetic", operands=True, joins=True)
 def Concat(*inputs: Tensor, axis: int) -> Tensor:
     """Joined along an axis."""
     return torch.cat(_together(*inputs), axis)
@@ -995,6 +1005,46 @@ def OneHot(indices: Tensor, depth: Static, values: Tensor, *, axis: int = -1) ->
     return torch.where(hot, values[1], values[0]).movedim(-1, axis)
 
 
+def _corners(boxes: Tensor, center_point_box: int) -> tuple[Tensor, Tensor]:
+    first, second = boxes[..., :2], boxes[..., 2:]
+    if center_point_box:
+        return first - second / 2, first + second / 2
+    return torch.minimum(first, second), torch.maximum(first, second)
+
+
+def _overlaps(low: Tensor, high: Tensor) -> Tensor:
+    """Return the intersection over union of the first box with each."""
+    shared = (torch.minimum(high[0], high) - torch.maximum(low[0], low)).clamp(min=0).prod(-1)
+    areas = (high - low).prod(-1)
+    return shared / (areas[0] + areas - shared)
+
+
+@op("untouched", static=(2, 3, 4))
+def NonMaxSuppression(
+    boxes: Tensor,
+    scores: Tensor,
+    max_output_boxes_per_class: Static = None,
+    iou_threshold: Static = None,
+    score_threshold: Static = None,
+    *,
+    center_point_box: int = 0,
+) -> Tensor:
+    """(batch, class, box) of the best boxes that overlap no better one, class by class, best first."""
+    limit = int(scalar(max_output_boxes_per_class)) if max_output_boxes_per_class is not None else 0
+    most = scalar(iou_threshold) if iou_threshold is not None else 0.0
+    low, high = _corners(boxes, center_point_box)
+    kept = []
+    for batch, label in itertools.product(*map(range, scores.shape[:2])):
+        best = scores[batch, label].sort(descending=True, stable=True)
+        left = best.indices if score_threshold is None else best.indices[best.values > scalar(score_threshold)]
+        for _ in range(limit):
+            if not left.numel():
+                break
+            kept.append(torch.stack([left.new_tensor(batch), left.new_tensor(label), left[0]]))
+            left = left[1:][_overlaps(low[batch, left], high[batch, left])[1:] <= most]
+    return torch.stack(kept) if kept else torch.zeros((0, 3), dtype=torch.int64, device=scores.device)
+
+
 # Constants and types
 
 
@@ -1146,9 +1196,7 @@ def _resampled_axes(
     if not wanted:
         factors = floats(scales)
         # in float32 like ONNX Runtime: 10 * 0.7 is 7 there, and 6.9999998 in double precision
-        taken = [np.float32(last) - np.float32(first) for first, last in zip(region[:n], region[n:], strict=True)]
-        parts = zip(factors, taken, now, strict=True)
-        wanted = [int(np.float32(factor) * part * np.float32(size)) for factor, part, size in parts]
+        wanted = [int(np.float32(factor) * np.float32(size)) for factor, size in zip(factors, now, strict=True)]
     else:
         factors = [w / size for w, size in zip(wanted, now, strict=True)]
         if keep_aspect_ratio_policy != "stretch":

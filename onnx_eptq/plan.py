@@ -30,8 +30,10 @@ BIAS_BITS = 32
 class QuantPoint:
     """One quantizer: the value it sits on, its grid, and what its parameters derive from.
 
-    `tied_to` names the value whose parameters it shares; `scale_from` (biases) the activation and the weight whose scales'
-    product is its scale; `limits` the bounds that the producing operator guarantees (None: unbounded).
+    `tied_to` names the value whose parameters it shares; `moved` says that it is on that grid already when it is produced
+    (a MaxPool or Reshape of it), so that quantizing changes nothing; `scale_from` (biases) the activation and the weight whose scales'
+    product is its scale; `limits` the bounds that the producing operator guarantees (None: unbounded). `whole_range` says
+    that no element may saturate: the largest ones decide (network outputs, inputs of a Softmax).
     """
 
     value: str
@@ -40,6 +42,8 @@ class QuantPoint:
     tied_to: str | None = None
     scale_from: tuple[str, str] | None = None
     limits: Limits = (None, None)
+    whole_range: bool = False
+    moved: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, defaults left out."""
@@ -53,6 +57,7 @@ class QuantPoint:
         row |= {key: value for key, value in optional.items() if value is not None}
         if self.limits != (None, None):
             row["limits"] = list(self.limits)
+        row |= {flag: True for flag in ("whole_range", "moved") if getattr(self, flag)}
         return row
 
     @classmethod
@@ -67,6 +72,8 @@ class QuantPoint:
             tied_to=row.get("tied_to"),
             scale_from=(str(pair[0]), str(pair[1])) if pair else None,
             limits=(low, high),
+            whole_range=bool(row.get("whole_range", False)),
+            moved=bool(row.get("moved", False)),
         )
 
 
@@ -226,7 +233,8 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> dict[int, str]:
 
     Seeds are the nodes the user keeps and operators whose result 8 bits cannot hold (Log, Reciprocal, ...). Operators between
     seeds join: those whose every consumer is inside, and those that read an inside value which nothing outside needs.
-    Linear operators never join.
+    A linear operator joins when all that reads it is inside (the matrices of a spectrogram before its Log): its weights are
+    quantized all the same.
     """
     region = {id(node): "kept float as asked" for node in graph.nodes if id(node) in kept}
     region |= {id(n): f"{n.op} needs float" for n in graph.nodes if role_of(n) == "sensitive" and id(n) not in region}
@@ -234,12 +242,12 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> dict[int, str]:
     outputs = {id(tensor) for tensor in graph.outputs}
 
     def joins(node: gs.Node) -> bool:
-        if role_of(node) not in ("arithmetic", "same_grid", "clamp") or not is_float(node.outputs[0]):
+        if role_of(node) not in ("linear", "arithmetic", "same_grid", "clamp") or not is_float(node.outputs[0]):
             return False
         consumers = [consumer for tensor in node.outputs for consumer in tensor.outputs]
         if consumers and all(id(c) in growing for c in consumers) and not any(id(t) in outputs for t in node.outputs):
             return True
-        for tensor in node.inputs:
+        for tensor in () if role_of(node) == "linear" else node.inputs:
             inner = tensor.inputs and id(tensor.inputs[0]) in growing and id(tensor) not in outputs
             if inner and all(id(c) in growing or c is node or role_of(c) not in ("linear",) for c in tensor.outputs):
                 return True
@@ -266,7 +274,7 @@ class _Planner:
         self.outputs = {id(tensor) for tensor in graph.outputs}
         kept = {id(n) for n in graph.nodes if _matches(rules.keep_float, n.name, n.op)}
         kept |= {id(layer.node) for layer in self.layers if _matches(rules.keep_float, layer.weight.name)}
-        self.region = _float_region(graph, kept)
+        self.kept, self.region = kept, _float_region(graph, kept)
         self.bias_sums = {id(layer.node.outputs[0]) for layer in self.layers if layer.bias_node is not layer.node}
 
     def bits(self, default: int, *names: str) -> int:
@@ -307,12 +315,38 @@ class _Planner:
         tied = None
         if producer is not None and _only_moves(producer) and producer.inputs[0].name in self.plan:
             tied = self.plan.root(producer.inputs[0].name).value
+        whole = id(tensor) in self.outputs or any(OPS[reader.op].decides for reader in tensor.outputs)
         if tied:
-            point = replace(self.plan[tied], value=tensor.name, tied_to=tied)
+            self.plan[tied] = replace(self.plan[tied], whole_range=whole or self.plan[tied].whole_range)
+            point = replace(self.plan[tied], value=tensor.name, tied_to=tied, moved=True)
         else:
             bits = self.bits(self.rules.act_bits, tensor.name)
-            point = QuantPoint(tensor.name, Grid(bits, False), "activation", limits=_limits(producer))
+            point = QuantPoint(tensor.name, Grid(bits, False), "activation", limits=_limits(producer), whole_range=whole)
         self.plan[tensor.name] = point
+
+    def join(self, node: gs.Node) -> None:
+        """Let the inputs that only this Concat reads share its output's grid: one rounding instead of two."""
+        output = node.outputs[0]
+        if not OPS[node.op].joins or output.name not in self.plan or self.plan[output.name].tied_to:
+            return
+        group = [t.name for t in node.inputs if t.name in self.plan and len(t.outputs) == 1 and id(t) not in self.outputs]
+        bits = self.plan[output.name].grid
+        group = [n for n in group if self.plan[n].role == "activation" and not self.plan[n].tied_to and self.plan[n].grid == bits]
+        if not group:
+            return
+        members = [self.plan[name] for name in [*group, output.name]]
+        lows, highs = zip(*(member.limits for member in members[:-1]), strict=True)
+        whole = len(group) == len(node.inputs)
+        shared = replace(
+            members[0],
+            limits=(None if None in lows or not whole else min(lows), None if None in highs or not whole else max(highs)),
+            whole_range=any(member.whole_range for member in members),
+        )
+        for name, point in list(self.plan.items()):
+            if name in (*group[1:], output.name) or point.tied_to in group[1:]:
+                moved = whole if name == output.name else point.moved
+                self.plan[name] = replace(shared, value=name, tied_to=group[0], moved=moved)
+        self.plan[group[0]] = shared
 
     def constants(self, node: gs.Node) -> None:
         """Constant operands of elementwise operators that run on integers."""
@@ -326,7 +360,7 @@ class _Planner:
 
     def weight(self, layer: Layer) -> None:
         name = layer.weight.name
-        if id(layer.node) in self.region:
+        if id(layer.node) in self.kept:
             self.plan.floats[name] = self.region[id(layer.node)]
         elif name not in self.plan:
             bits = self.bits(self.rules.weight_bits, layer.node.name, name)
@@ -336,7 +370,7 @@ class _Planner:
         if layer.bias is None:
             return
         name, source = layer.bias.name, layer.source.name
-        if id(layer.node) in self.region or id(layer.bias_node) in self.region:
+        if id(layer.node) in self.kept or id(layer.bias_node) in self.kept:
             self.plan.floats[name] = "bias of a layer that is kept float"
         elif source not in self.plan:
             self.plan.floats[name] = f"the layer's input '{source}' is float"
@@ -358,6 +392,7 @@ class _Planner:
             self.constants(node)
             for tensor in node.outputs:
                 self.activation(tensor)
+            self.join(node)
         return self.plan
 
 

@@ -78,21 +78,29 @@ def to_opset(graph: gs.Graph, opset: int = OPSET) -> None:
     """
     if graph.opset < opset:
         _raise_opset(graph, opset)
-    elif graph.opset > opset and all(_fits(node, opset) for scope in og.scopes(graph) for node in scope.nodes):
-        graph.opset = opset
-        for scope in graph.subgraphs(recursive=True):
-            scope.opset = opset
+    elif graph.opset > opset:
+        og.infer_shapes(graph)
+        if all(_fits(node, opset) for scope in og.scopes(graph) for node in scope.nodes):
+            _declare_opset(graph, opset)
+
+
+def _declare_opset(graph: gs.Graph, opset: int) -> None:
+    for scope in og.scopes(graph):
+        scope.opset = opset
 
 
 def _raise_opset(graph: gs.Graph, opset: int) -> None:
+    floor_nodes = _help_converter(graph, opset)
+    proto = og.skeleton(graph)
     try:
-        converted = onnx.version_converter.convert_version(og.skeleton(graph), opset)
+        converted = onnx.version_converter.convert_version(proto, opset)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"The model (opset {graph.opset}) cannot be converted to opset {opset}: {reason}; "
-            "export it again with a newer opset, 17 or later."
-        ) from error
+        raise ModelError(_inconvertible(proto, opset, error)) from error
+    names = {node.output[0]: node.name for node in proto.graph.node if node.output}
+    for node in converted.graph.node:
+        node.name = names.get(node.output[0], node.name)  # an Upsample loses its name
+        if node.output[0] in floor_nodes:
+            _set_floor(node, floor_nodes[node.output[0]])
     weights = {t.name: t for scope in og.scopes(graph) for node in scope.nodes for t in node.inputs}
     inputs = {t.name: t for t in graph.inputs}
     outputs = {t.name: t for t in graph.outputs}
@@ -105,9 +113,89 @@ def _raise_opset(graph: gs.Graph, opset: int) -> None:
         old = inputs.get(tensor.name) or outputs[tensor.name]
         if isinstance(tensor, gs.Variable):
             tensor.dtype, tensor.shape, tensor.type = old.dtype, old.shape, old.type
-    graph.nodes, graph.inputs, graph.outputs, graph.opset = new.nodes, new.inputs, new.outputs, opset
-    for scope in graph.subgraphs(recursive=True):
-        scope.opset = opset
+    for node in [node for scope in og.scopes(graph) for node in scope.nodes]:
+        node.inputs.clear()  # else the kept weights would count them as readers
+    for name, kept in og.extras(graph).nodes.items():
+        found = og.extras(new).nodes.get(name)
+        kept.op, kept.attributes = (found.op, found.attributes) if found else ("", [])
+    graph.nodes, graph.inputs, graph.outputs = new.nodes, new.inputs, new.outputs
+    _declare_opset(graph, opset)
+
+
+def _help_converter(graph: gs.Graph, opset: int) -> dict[str, bool]:
+    """Rewrite what onnx's converter refuses or gets wrong, and return the values that nodes make by resizing.
+
+    Before opset 11 those nodes took the pixel below (asymmetric, floor); the converter leaves the newer default. The
+    value tells whether the node shrinks the image, where the old definition took the pixel above.
+
+    Raises:
+        ModelError: A node's old meaning has no simple form in the newer opset.
+    """
+    og.infer_shapes(graph)
+    sampling: dict[str, bool] = {}
+    stuck = []
+    for node in [node for scope in og.scopes(graph) for node in scope.nodes]:
+        rank = _rank(node.inputs[0]) if node.inputs else None
+        if is_op(node, "Upsample", "Resize") and graph.opset < 11:
+            scales = _const(node, 1)
+            sampling[node.outputs[0].name] = scales is not None and bool(np.any(scales < 1))
+        elif is_op(node, "BatchNormalization") and node.attrs.pop("spatial", 1) != 1 and rank != 2:
+            stuck.append(f"'{node.name}' BatchNormalization with spatial = 0")
+        elif is_op(node, "Scan") and graph.opset < 9:
+            stuck.append(f"'{node.name}' Scan over a batch")
+        elif is_op(node, "Hardmax") and graph.opset < 13 and (rank is None or _axis(node, rank) != rank - 1):
+            stuck.append(f"'{node.name}' Hardmax over several axes")
+        elif is_op(node, "GroupNormalization") and graph.opset < 21 <= opset and not _widen_group_norm(graph, node):
+            stuck.append(f"'{node.name}' GroupNormalization with computed scales")
+    if stuck:
+        raise ModelError(
+            f"{len(stuck)} nodes cannot be converted from opset {graph.opset} to {opset}: {', '.join(stuck)}; "
+            "export the model again with a newer opset, or without them."
+        )
+    return sampling
+
+
+def _widen_group_norm(graph: gs.Graph, node: gs.Node) -> bool:
+    """Write scale and bias per channel; before opset 21 they were per group."""
+    shape = _shape(node.inputs[0])
+    channels = shape[1] if shape is not None else None
+    for index in (1, 2):
+        values = _const(node, index)
+        if values is None or not isinstance(channels, int):
+            return False
+        _set_constant(graph, node, index, np.repeat(values, channels // values.size))
+    return True
+
+
+def _set_floor(node: onnx.NodeProto, shrinks: bool) -> None:
+    wanted = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "ceil" if shrinks else "floor"}
+    kept = [a for a in node.attribute if a.name not in wanted]
+    del node.attribute[:]
+    node.attribute.extend([*kept, *(onnx.helper.make_attribute(k, v) for k, v in wanted.items())])
+
+
+def _inconvertible(proto: onnx.ModelProto, opset: int, error: Exception) -> str:
+    """Say which nodes the converter refuses, by converting each of them alone."""
+    refused = []
+    for node in proto.graph.node:
+        single = onnx.ModelProto()
+        single.CopyFrom(proto)
+        del single.graph.node[:]
+        single.graph.node.append(node)
+        del single.graph.output[:]
+        single.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in node.output if name)
+        made = {v.name for v in single.graph.input} | {t.name for t in single.graph.initializer}
+        missing = [name for name in dict.fromkeys(node.input) if name and name not in made]
+        single.graph.input.extend(onnx.helper.make_tensor_value_info(n, 1, None) for n in missing)
+        try:
+            onnx.version_converter.convert_version(single, opset)
+        except RuntimeError:
+            refused.append(f"'{node.name}' {node.op_type}")
+    found = proto.opset_import[0].version
+    reason = f"these nodes have no known newer form: {', '.join(refused)}" if refused else " ".join(str(error).split())
+    return (
+        f"The model (opset {found}) cannot be converted to opset {opset}: {reason}; export it with opset 17 or later."
+    )
 
 
 def _fits(node: gs.Node, opset: int) -> bool:
@@ -190,6 +278,7 @@ def _bypass(graph: gs.Graph, node: gs.Node, source: gs.Tensor, kept: set[int]) -
     out = node.outputs[0]
     if id(out) not in kept:
         _replace_uses(out, source)
+        node.inputs.clear()
         node.outputs.clear()
         return True
     movable = isinstance(source, gs.Variable) and source.inputs and id(source) not in kept
@@ -284,8 +373,7 @@ def _dtype(tensor: gs.Tensor) -> int | None:
 
 def _drops_nothing(node: gs.Node) -> bool:
     training = _input(node, 2)
-    off = training is None or (array(training) is not None and not np.any(array(training)))
-    return off and not any(t.outputs for t in node.outputs[1:])
+    return training is None or (array(training) is not None and not np.any(array(training)))
 
 
 def _slices_all(node: gs.Node) -> bool:
@@ -331,7 +419,7 @@ def _all_equal(index: int, value: float) -> Callable[[gs.Node], bool]:
 
 def _pools_single(node: gs.Node) -> bool:
     plain = all(k == 1 for k in [*node.attrs["kernel_shape"], *node.attrs.get("strides", [])])
-    return plain and not any(node.attrs.get("pads", [])) and not any(t.outputs for t in node.outputs[1:])
+    return plain and not any(node.attrs.get("pads", []))
 
 
 def _is_positive_already(node: gs.Node) -> bool:
@@ -380,7 +468,8 @@ def remove_noops(graph: gs.Graph) -> int:
     kept = _output_ids(graph)
     changes = 0
     for node in list(graph.nodes):
-        if node.outputs and is_op(node, *NOOPS) and node.inputs and NOOPS[node.op](node):
+        single = node.outputs and not any(t.outputs or id(t) in kept for t in node.outputs[1:])
+        if single and is_op(node, *NOOPS) and node.inputs and NOOPS[node.op](node):
             found = _constant_operand(node) if len(node.inputs) == 2 and node.op in ("Add", "Mul") else None
             changes += _bypass(graph, node, found[0] if found else node.inputs[0], kept)
     return changes
@@ -436,10 +525,15 @@ def _evaluate(node: gs.Node, opset: int) -> list[Array] | None:
     model = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", opset)])
     try:
         with np.errstate(all="ignore"):
-            return [np.asarray(r) for r in ReferenceEvaluator(model).run(None, feeds)]
+            results = ReferenceEvaluator(model).run(None, feeds)
     except Exception as error:  # the reference raises whatever numpy raises; such a node simply stays
         LOG.debug("%s '%s' is not folded: %s", node.op, node.name, error)
         return None
+    if not all(isinstance(r, np.ndarray | np.generic) for r in results):
+        return None
+    dtypes = [t.dtype for t in node.outputs if t.name]
+    native = [r.dtype if d is None or isinstance(d, int) else d for r, d in zip(results, dtypes, strict=True)]
+    return [np.asarray(r, d) for r, d in zip(results, native, strict=True)]
 
 
 @rewrite
@@ -565,6 +659,193 @@ _SYMBOLIC: dict[str, Callable[[gs.Node, list[Any]], Any]] = {
 }
 
 
+# ------------------------------------------------------------------------------------------- patterns of the exporters
+
+_ERF = np.vectorize(math.erf, otypes=[np.float64])
+_SCALAR_FUNCTIONS: dict[str, Callable[..., Array]] = {
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Div": np.divide,
+    "Pow": np.power,
+    "Neg": np.negative,
+    "Min": np.minimum,
+    "Max": np.maximum,
+    "Tanh": np.tanh,
+    "Exp": np.exp,
+    "Log": np.log,
+    "Erf": _ERF,
+    "Identity": lambda x: x,
+    "Relu": lambda x: np.maximum(x, 0),
+    "Sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "Softplus": lambda x: np.log1p(np.exp(x)),
+    "Clip": lambda x, low=-np.inf, high=np.inf: np.minimum(np.maximum(x, low), high),
+    "HardSigmoid": lambda x, alpha=0.2, beta=0.5: np.clip(alpha * x + beta, 0, 1),
+}
+_GRID = np.linspace(-9, 9, 145)  # covers every bend of the functions below
+_TANH_GELU = 0.5 * _GRID * (1 + np.tanh(math.sqrt(2 / math.pi) * (_GRID + 0.044715 * _GRID**3)))
+_ACTIVATIONS: tuple[tuple[str, dict[str, Any], Array], ...] = (
+    ("Gelu", {}, 0.5 * _GRID * (1 + _ERF(_GRID / math.sqrt(2)))),
+    ("Gelu", {"approximate": "tanh"}, _TANH_GELU),
+    ("HardSwish", {}, _GRID * np.clip(_GRID / 6 + 0.5, 0, 1)),
+    ("Mish", {}, _GRID * np.tanh(np.log1p(np.exp(_GRID)))),
+    ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}, np.clip(_GRID / 6 + 0.5, 0, 1)),
+)
+_BENDING = ("Erf", "Tanh", "Clip", "HardSigmoid", "Relu", "Min", "Softplus")  # one of them is in every form of those
+
+
+@rewrite
+def fuse_activations(graph: gs.Graph) -> int:
+    """Replace nodes that together compute Gelu, HardSwish, Mish or HardSigmoid by that operator.
+
+    The nodes are recognised by the values they compute, so that every exporter's order of operations is found.
+    """
+    changes = 0
+    for node in reversed(graph.nodes):  # the last node of a pattern first: a HardSwish holds a HardSigmoid
+        if not is_op(node, "Mul", "Div") or not node.outputs:
+            continue
+        cone = _scalar_cone(node)
+        if not any(is_op(n, *_BENDING) for n in cone):
+            continue
+        found = next(filter(None, (_recognise(node, t) for n in cone for t in n.inputs)), None)
+        if found is not None:
+            _mutate(node, found[0], [found[2]], found[1])
+            changes += 1
+    return changes
+
+
+def _scalar_cone(node: gs.Node, limit: int = 12) -> list[gs.Node]:
+    """Return the node and those before it, nearest first, that compute one number from numbers."""
+    cone = [node]
+    for current in cone:
+        for tensor in current.inputs:
+            maker = _producer(tensor, *_SCALAR_FUNCTIONS)
+            if maker is not None and len(cone) < limit and all(maker is not n for n in cone):
+                cone.append(maker)
+    return cone
+
+
+def _recognise(node: gs.Node, source: gs.Tensor) -> tuple[str, dict[str, Any], gs.Tensor] | None:
+    if not isinstance(source, gs.Variable) or not _same_dims(source, node.outputs[0], 0):
+        return None
+    with np.errstate(all="ignore"):
+        values = _on_grid(node.outputs[0], source, 12)
+    if values is None:
+        return None
+    for op, attrs, expected in _ACTIVATIONS:
+        if np.allclose(values, expected, rtol=1e-6, atol=2e-6):
+            return op, attrs, source
+    return None
+
+
+def _on_grid(tensor: gs.Tensor, source: gs.Tensor, depth: int) -> Array | None:
+    """Return the tensor's values where `source` holds the grid, or None if they depend on anything else."""
+    if tensor is source:
+        return _GRID
+    values = array(tensor)
+    if values is not None:
+        return values.astype(np.float64).reshape(()) if values.size == 1 else None
+    node = _producer(tensor, *_SCALAR_FUNCTIONS) if depth else None
+    if node is None or any(not t.name for t in node.inputs):
+        return None
+    inputs = [_on_grid(t, source, depth - 1) for t in node.inputs]
+    if any(i is None for i in inputs):
+        return None
+    return np.asarray(_SCALAR_FUNCTIONS[node.op](*inputs, **node.attrs))
+
+
+@rewrite
+def fuse_layernorm(graph: gs.Graph) -> int:
+    """Replace nodes that normalize over the last axis by LayerNormalization (PyTorch's and TensorFlow's order)."""
+    changes = 0
+    for root in [node for node in graph.nodes if is_op(node, "Sqrt")]:
+        spread = _normalized(root)
+        if spread is None:
+            continue
+        source, mean, centred, epsilon = spread
+        for end, gamma, beta in _ends(root, source, mean, centred):
+            size = gamma.shape[-1]
+            if size == (source.shape or [None])[-1] and gamma.ndim == 1 and (beta is None or beta.shape == gamma.shape):
+                inputs = [
+                    source,
+                    *(_new_constant(graph, end.name, np.array(v)) for v in (gamma, beta) if v is not None),
+                ]
+                _mutate(end, "LayerNormalization", inputs, {"axis": -1, "epsilon": epsilon})
+                changes += 1
+                break
+    return changes
+
+
+def _normalized(root: gs.Node) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor, float] | None:
+    """Return input, mean, input - mean and epsilon if the node computes the standard deviation over the last axis."""
+    added = _producer(root.inputs[0], "Add")
+    operand = None if added is None else _constant_operand(added)
+    variance = None if operand is None or operand[1].size != 1 else _mean_input(operand[0])
+    square = _producer(variance, "Mul", "Pow")
+    if square is None or operand is None:
+        return None
+    exponent = _const(square, 1)
+    squares = square.inputs[0] is square.inputs[1] if square.op == "Mul" else (exponent is not None and exponent == 2)
+    difference = _producer(square.inputs[0], "Sub")
+    if not squares or difference is None or _mean_input(difference.inputs[1]) is not difference.inputs[0]:
+        return None
+    return difference.inputs[0], difference.inputs[1], square.inputs[0], float(operand[1].reshape(-1)[0])
+
+
+def _mean_input(tensor: gs.Tensor) -> gs.Tensor | None:
+    """Return what the tensor is the mean of over the last axis (kept as size 1), or None."""
+    node = _producer(tensor, "ReduceMean", "GlobalAveragePool")
+    rank = None if node is None else _rank(node.inputs[0])
+    if node is None or rank is None:
+        return None
+    if node.op == "GlobalAveragePool":
+        return node.inputs[0] if rank == 3 else None
+    last = node.attrs.get("keepdims", 1) and _axes(node, 1, rank, ()) == [rank - 1]
+    return node.inputs[0] if last else None
+
+
+def _ends(
+    root: gs.Node, source: gs.Tensor, mean: gs.Tensor, centred: gs.Tensor
+) -> list[tuple[gs.Node, Array, Array | None]]:
+    """Return the nodes that end the normalization, each with gamma and beta."""
+    inverse = next((n for n in root.outputs[0].outputs if is_op(n, "Reciprocal")), None)
+    found: list[tuple[gs.Node, Array, Array | None]] = []
+    if inverse is not None:
+        for scaled in inverse.outputs[0].outputs:
+            operand = _constant_operand(scaled) if is_op(scaled, "Mul") else None
+            if operand is not None:
+                found += _tensorflow_end(scaled.outputs[0], operand[1], source, mean)
+    divisor = root if inverse is None else inverse
+    for unit in divisor.outputs[0].outputs:
+        if is_op(unit, "Div" if inverse is None else "Mul") and any(t is centred for t in unit.inputs):
+            found += _torch_end(unit)
+    return found
+
+
+def _torch_end(unit: gs.Node) -> list[tuple[gs.Node, Array, Array | None]]:
+    scaled = unit.outputs[0].outputs[0] if len(unit.outputs[0].outputs) == 1 else None
+    operand = _constant_operand(scaled) if scaled is not None and is_op(scaled, "Mul") else None
+    if scaled is None or operand is None:
+        return []
+    shifted = scaled.outputs[0].outputs[0] if len(scaled.outputs[0].outputs) == 1 else None
+    shift = _constant_operand(shifted) if shifted is not None and is_op(shifted, "Add") else None
+    return [(scaled, operand[1], None)] if shifted is None or shift is None else [(shifted, operand[1], shift[1])]
+
+
+def _tensorflow_end(
+    scale: gs.Tensor, gamma: Array, source: gs.Tensor, mean: gs.Tensor
+) -> list[tuple[gs.Node, Array, Array | None]]:
+    """Match source * scale + (beta - mean * scale)."""
+    products = {id(t): n.outputs[0] for n in scale.outputs if is_op(n, "Mul") for t in n.inputs if t is not scale}
+    left, right = products.get(id(source)), products.get(id(mean))
+    for offset in [] if right is None else right.outputs:
+        beta = _const(offset, 0) if is_op(offset, "Sub") else None
+        for end in [] if beta is None else offset.outputs[0].outputs:
+            if is_op(end, "Add") and {id(t) for t in end.inputs} == {id(left), id(offset.outputs[0])}:
+                return [(end, gamma, beta)]
+    return []
+
+
 # ------------------------------------------------------------------------------------------------- layout: reshapes
 
 
@@ -597,6 +878,8 @@ def merge_reshapes(graph: gs.Graph) -> int:
         target = _static_target(node.outputs[0])
         if before is None or target is None or 0 in target or not _is_reshape(before):
             continue
+        if is_op(node, "Transpose") and is_op(before, "Transpose"):
+            continue  # merge_transposes may find that they cancel
         shape = _new_constant(graph, f"{node.name}/shape", np.array(target, np.int64))
         _mutate(node, "Reshape", [before.inputs[0], shape], {})
         changes += 1
@@ -665,25 +948,36 @@ _REDUCING = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", 
 
 @rewrite
 def sink_transposes(graph: gs.Graph) -> int:
-    """Push Transposes towards the outputs until they cancel or reach a weight; kept only if fewer of them remain."""
-    before = _count_transposes(graph)
-    if not before:
+    """Push Transposes towards the outputs until they cancel or reach a weight; kept only where that is of use.
+
+    Of use is fewer Transposes, or fewer of them between a linear operator and a constant that it can take up.
+    """
+    before = _transposes(graph)
+    if before == (0, 0):
         return 0
     trial = og.copy(graph)
     kept = _output_ids(trial)
-    budget = 20 * len(trial.nodes)  # each step moves one Transpose past one node
+    budget = 20 * len(trial.nodes)  # a bound only: each step moves one Transpose past one node
     while budget > 0 and _sink_once(trial, kept):
         budget -= 1
     og.remove_dead(trial)
-    after = _count_transposes(trial)
+    after = _transposes(trial)
     if after >= before:
         return 0
     vars(graph).update(vars(trial))
-    return before - after
+    return max(1, before[0] - after[0])
 
 
-def _count_transposes(graph: gs.Graph) -> int:
-    return sum(is_op(node, "Transpose") for node in graph.nodes)
+def _transposes(graph: gs.Graph) -> tuple[int, int]:
+    """Return the number of Transposes, and how many of them keep a linear operator and a constant apart."""
+    found = [node for node in graph.nodes if is_op(node, "Transpose")]
+    parting = [node for node in found if _producer(node.inputs[0], *_LINEAR) and _constant_consumer(node)]
+    return len(found), len(parting)
+
+
+def _constant_consumer(node: gs.Node) -> bool:
+    readers = node.outputs[0].outputs
+    return any(is_op(n, "Add", "Sub", "Mul", "Div") and _constant_operand(n) is not None for n in readers)
 
 
 def _sink_once(graph: gs.Graph, kept: set[int]) -> bool:
@@ -693,7 +987,8 @@ def _sink_once(graph: gs.Graph, kept: set[int]) -> bool:
         if not is_op(node, "Transpose") or not node.outputs or "perm" not in node.attrs:
             continue
         for consumer in list(node.outputs[0].outputs):
-            if id(consumer) in local and consumer.inputs and _push(graph, node, consumer, kept):
+            reads = any(t is node.outputs[0] for t in consumer.inputs)  # an earlier step may have rewired it
+            if reads and id(consumer) in local and _push(graph, node, consumer, kept):
                 changed = True
         if not node.outputs[0].outputs and id(node.outputs[0]) not in kept:
             node.inputs.clear()
@@ -710,28 +1005,25 @@ def _push(graph: gs.Graph, transpose: gs.Node, node: gs.Node, kept: set[int]) ->
             _bypass(graph, node, node.inputs[0], kept)
         return True
     handler = _HANDLERS.get(node.op) if node.domain in og.STANDARD_DOMAINS else None
-    if handler is None or not _all_transposed(node, perm):
+    count = len(node.inputs) if node.op in (*_BROADCASTING, "Concat") else 1  # inputs that have the layout
+    if handler is None or not _all_transposed(node, perm, count):
         return False
     out_perm = handler(graph, node, perm)
     if out_perm is None:
         return False
-    for index, tensor in enumerate(node.inputs):
-        maker = _producer(tensor, "Transpose")
-        if maker is not None:
-            node.inputs[index] = maker.inputs[0]
+    for index, tensor in enumerate(node.inputs[:count]):
+        if isinstance(tensor, gs.Variable):
+            node.inputs[index] = tensor.inputs[0].inputs[0]
     if out_perm != sorted(out_perm):
         _transpose_outputs(graph, node, out_perm)
     return True
 
 
-def _all_transposed(node: gs.Node, perm: list[int]) -> bool:
-    """Tell whether every variable input that has the layout comes out of a Transpose of the same permutation."""
-    count = len(node.inputs) if node.op in (*_BROADCASTING, "Concat") else 1
-    for tensor in node.inputs[:count]:
-        maker = _producer(tensor, "Transpose")
-        if isinstance(tensor, gs.Variable) and (maker is None or maker.attrs.get("perm") != perm):
-            return False
-    return True
+def _all_transposed(node: gs.Node, perm: list[int], count: int) -> bool:
+    """Tell whether every variable among the first inputs comes out of a Transpose of the same permutation."""
+    variables = [t for t in node.inputs[:count] if isinstance(t, gs.Variable)]
+    makers = [_producer(t, "Transpose") for t in variables]
+    return bool(makers) and all(m is not None and m.attrs.get("perm") == perm for m in makers)
 
 
 def _transpose_outputs(graph: gs.Graph, node: gs.Node, perm: list[int]) -> None:
@@ -858,9 +1150,14 @@ def _push_unsqueeze(graph: gs.Graph, node: gs.Node, perm: list[int]) -> list[int
     axes = _axes(node, 1, len(perm) + count, ()) or []
     if not axes:
         return None
+    rank = len(perm) + count
+    channels_last = [0, *range(2, rank), 1]
+    if _without(channels_last, axes) == perm:  # then the layout of the wider value is most likely the usual one
+        _set_constant(graph, node, 1, np.array(sorted(channels_last[axis] for axis in axes), np.int64))
+        return channels_last
     _set_constant(graph, node, 1, np.arange(count))
     old, new = iter(perm), iter(range(count))
-    return [next(new) if axis in axes else next(old) + count for axis in range(len(perm) + count)]
+    return [next(new) if axis in axes else next(old) + count for axis in range(rank)]
 
 
 def _push_gather(graph: gs.Graph, node: gs.Node, perm: list[int]) -> list[int] | None:
@@ -917,6 +1214,47 @@ _HANDLERS: dict[str, Handler] = {
     "Gather": _push_gather,
     **dict.fromkeys(("Reshape", "Flatten"), _push_reshape),
 }
+
+
+@rewrite
+def hoist_transposes(graph: gs.Graph) -> int:
+    """Move a Transpose up to the graph input it comes from, past the nodes that scale or pad the input."""
+    kept = _output_ids(graph)
+    inputs = {id(t) for t in graph.inputs}
+    changes = 0
+    for node in graph.nodes:
+        while is_op(node, "Transpose") and "perm" in node.attrs and node.outputs:
+            above = _producer(node.inputs[0], "Pad", *_UNARY, *_BROADCASTING)
+            if above is None or not _only_for(node.inputs[0], node, kept) or not _leads_up(above, inputs):
+                break
+            inverse = _inverse(node.attrs["perm"])
+            if _HANDLERS[above.op](graph, above, inverse) != inverse:
+                break
+            _swap_up(graph, node, above)
+            changes += 1
+    return changes
+
+
+def _leads_up(node: gs.Node, inputs: set[int]) -> bool:
+    """Tell whether the node's only variable input is, through nodes of the same kind, a graph input."""
+    variables = [i for i, t in enumerate(node.inputs) if isinstance(t, gs.Variable) and t.name]
+    if len(variables) != 1 or len(node.outputs) != 1 or (variables != [0] and node.op not in _BROADCASTING):
+        return False
+    source = node.inputs[variables[0]]
+    above = _producer(source, "Pad", *_UNARY, *_BROADCASTING)
+    return id(source) in inputs or (above is not None and len(source.outputs) == 1 and _leads_up(above, inputs))
+
+
+def _swap_up(graph: gs.Graph, transpose: gs.Node, above: gs.Node) -> None:
+    index = next(i for i, t in enumerate(above.inputs) if isinstance(t, gs.Variable) and t.name)
+    out, source = transpose.outputs[0], above.inputs[index]
+    name = _name(graph, transpose.name)
+    shape = _shape(source)
+    moved = gs.Variable(
+        f"{name}_out", source.dtype, None if shape is None else [shape[a] for a in transpose.attrs["perm"]]
+    )
+    transpose.inputs[0], transpose.outputs[0] = source, moved
+    above.inputs[index], above.outputs[0] = moved, out
 
 
 # -------------------------------------------------------------------------------------------- convolutions and pooling
@@ -1037,10 +1375,14 @@ def use_global_pool(graph: gs.Graph) -> int:
 
 def _reduces_map(node: gs.Node) -> bool:
     rank = _rank(node.inputs[0])
-    if rank is None or rank < 4:  # a mean over the last axis of a sequence is a part of a normalization
+    if rank is None or rank < 4 or not _is_float(node):  # a sequence's mean over the last axis: a normalization
         return False
     axes = _axes(node, 1, rank, ())
     return axes is not None and sorted(axes) == list(range(2, rank))
+
+
+def _is_float(node: gs.Node) -> bool:
+    return _dtype(node.inputs[0]) in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 
 
 def _pools_map(node: gs.Node) -> bool:
@@ -1085,37 +1427,40 @@ def normalize_gemm(graph: gs.Graph) -> int:
     weights: dict[Any, tuple[gs.Constant, gs.Constant]] = {}
     changes = 0
     for node in graph.nodes:
-        weight = _const(node, 1) if is_op(node, "Gemm") else None
-        if weight is None:
-            continue
-        alpha, beta = node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0)
-        transposed = bool(node.attrs.get("transB"))
-        if alpha != 1 or not transposed:
-            key = (id(node.inputs[1]), alpha, transposed)
-            if key not in weights:  # a weight that several nodes share in one form stays shared
-                values = np.ascontiguousarray(weight if transposed else weight.T)
-                new = _new_constant(graph, node.inputs[1].name, (values * alpha).astype(weight.dtype))
-                weights[key] = node.inputs[1], new
-            node.inputs[1] = weights[key][1]
-        out = node.inputs[1].shape[0]
-        bias = _const(node, 2)
-        row = None if bias is None else _row(bias, out)
-        scaled = bias is not None and beta != 1
-        if row is not None and (scaled or bias.shape != (out,)):  # type: ignore[union-attr]
-            node.inputs[2] = _new_constant(graph, node.inputs[2].name, (row * beta).astype(row.dtype))
-            scaled = False
-        keep = {"transA": 1} if node.attrs.get("transA") else {}
-        if beta != 1 and _input(node, 2) is not None and (bias is None or scaled):
-            keep["beta"] = beta
-        attrs = {**keep, "transB": 1}
-        changes += (
-            alpha != 1
-            or not transposed
-            or (row is not None and bias is not row and beta != 1)
-            or (node.attrs.keys() != attrs.keys())
-        )
-        node.attrs = attrs
+        if is_op(node, "Gemm") and _const(node, 1) is not None:
+            before = dict(node.attrs), list(node.inputs)
+            _normalize_weight(graph, node, weights)
+            _normalize_bias(graph, node)
+            changed = any(a is not b for a, b in zip(before[1], node.inputs, strict=True))
+            changes += changed or before[0] != node.attrs
     return changes
+
+
+def _normalize_weight(graph: gs.Graph, node: gs.Node, done: dict[Any, tuple[gs.Constant, gs.Constant]]) -> None:
+    alpha, transposed = node.attrs.pop("alpha", 1.0), bool(node.attrs.pop("transB", 0))
+    node.attrs["transB"] = 1
+    if not node.attrs.get("transA"):
+        node.attrs.pop("transA", None)
+    if alpha == 1 and transposed:
+        return
+    old = node.inputs[1]
+    key = id(old), alpha, transposed
+    if key not in done:  # a weight that several nodes share in one form stays shared
+        values = np.asarray(array(old))
+        scaled = np.ascontiguousarray(values if transposed else values.T) * alpha
+        done[key] = old, _new_constant(graph, old.name, scaled.astype(values.dtype))
+    node.inputs[1] = done[key][1]
+
+
+def _normalize_bias(graph: gs.Graph, node: gs.Node) -> None:
+    beta = node.attrs.pop("beta", 1.0)
+    bias = _const(node, 2)
+    row = None if bias is None else _row(bias, node.inputs[1].shape[0])
+    if bias is not None and row is not None:
+        if beta != 1 or bias.shape != row.shape:
+            node.inputs[2] = _new_constant(graph, node.inputs[2].name, (row * beta).astype(bias.dtype))
+    elif beta != 1 and _input(node, 2) is not None:
+        node.attrs["beta"] = beta
 
 
 # -------------------------------------------------------------------------- scales and shifts into linear operators
@@ -1212,9 +1557,11 @@ def _absorb_affine(graph: gs.Graph, linear: gs.Node, node: gs.Node) -> bool:
     shared = len(linear.inputs[1].outputs) > 1
     if not (np.isfinite(scale).all() and np.isfinite(shift).all()) or weight is None:
         return False
-    if (rescales and shared) or (shifts and linear.op == "MatMul"):
+    if (rescales and shared) or (shifts and linear.op == "MatMul" and shape != (1, 2, len(scale))):
         LOG.debug("%s '%s' stays: '%s' is shared or has no bias", node.op, node.name, linear.name)
         return False
+    if shifts and linear.op == "MatMul":
+        _mutate(linear, "Gemm", linear.inputs, {})
     if rescales:
         _set_constant(graph, linear, 1, _scale_outputs(linear, weight.astype(np.float64), scale))
     if shifts or (bias is not None and rescales):
@@ -1246,10 +1593,14 @@ def fold_forward(graph: gs.Graph) -> int:
     """Fold a BatchNormalization, product or sum per channel into the linear operator after it, where it is exact."""
     kept = _output_ids(graph)
     changes = 0
-    for node in list(graph.nodes):
-        before = _producer(node.inputs[0], "BatchNormalization", "Add", "Sub", "Mul", "Div") if is_op(
-            node, "Conv", "ConvTranspose", "Gemm") else None  # fmt: skip
-        if before is not None and _only_for(node.inputs[0], node, kept) and _absorb_before(graph, node, before):
+    for node in graph.nodes:
+        while is_op(node, "Conv", "ConvTranspose", "Gemm"):
+            before = _producer(node.inputs[0], "BatchNormalization", "Add", "Sub", "Mul", "Div")
+            alone = before is not None and _only_for(node.inputs[0], node, kept)
+            if before is None or not alone or not _absorb_before(graph, node, before):
+                break
+            before.inputs.clear()
+            before.outputs.clear()
             changes += 1
     return changes
 
@@ -1265,9 +1616,10 @@ def _absorb_before(graph: gs.Graph, linear: gs.Node, node: gs.Node) -> bool:
         return False
     source, scale, shift = found
     rescales, shifts = bool(np.any(scale != 1)), bool(np.any(shift != 0))
-    if _rank(source) != (2 if linear.op == "Gemm" else weight.ndim) or (
-        (shifts and not _sees_no_padding(linear)) or (rescales and len(linear.inputs[1].outputs) > 1)
-    ):
+    shape = _shape(source) or []
+    if len(shape) != (2 if linear.op == "Gemm" else weight.ndim) or shape[1] != inputs:
+        return False  # the constant widens its input
+    if (shifts and not _sees_no_padding(linear)) or (rescales and len(linear.inputs[1].outputs) > 1):
         return False
     wide = scale.reshape(group, 1, -1, *(1,) * (grouped.ndim - 3))
     if shifts:

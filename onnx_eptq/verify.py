@@ -17,8 +17,7 @@ from onnx_eptq.calibrate import Batch, apply_linear, feed
 from onnx_eptq.errors import VerificationError
 from onnx_eptq.grid import Quantized, dequantize, quantize
 from onnx_eptq.mirror import Mirror, Probe
-from onnx_eptq.ops import OPS
-from onnx_eptq.plan import Layer, Plan
+from onnx_eptq.plan import Layer, Plan, role_of
 
 LEVELS = {
     "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -178,7 +177,7 @@ def _layers_by_value(layers: Iterable[Layer], plan: Plan) -> dict[str, Layer]:
     found = {}
     for layer in layers:
         output = layer.output
-        if output.name not in plan and len(output.outputs) == 1 and OPS[output.outputs[0].op].role_of({}) == "clamp":
+        if output.name not in plan and len(output.outputs) == 1 and role_of(output.outputs[0]) == "clamp":
             output = output.outputs[0].outputs[0]
         if output.name in plan and layer.weight.name in plan and layer.source.name in plan:
             found[output.name] = layer
