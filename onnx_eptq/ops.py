@@ -419,7 +419,7 @@ def _spatial(x: Tensor) -> tuple[int, ...]:
     return tuple(range(2, x.ndim))
 
 
-GlobalAveragePool = _unary("GlobalAveragePool", "arithmetic", lambda x: x.mean(_spatial(x), keepdim=True))
+GlobalAveragePool = _unary("GlobalAveragePool", "arithmetic", lambda x: x.mean(_spatial(x), keepdim=True), decides=True)
 GlobalMaxPool = _unary("GlobalMaxPool", "same_grid", lambda x: x.amax(_spatial(x), keepdim=True))
 
 
