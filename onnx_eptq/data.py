@@ -488,6 +488,18 @@ class Batches:
         total = self._ends[-1]
         return f"{self.num_samples} {'' if self.num_samples == total else f'of {total} '}{self._found.what}"
 
+    def subset(self, count: int, seed: int = 0) -> "Batches":
+        """Return at most `count` of the samples, spread at random over all of them; `seed` decides which."""
+        fixed = self._inputs[0].shape[0] or 1
+        count = min(max(count // fixed, 1) * fixed, self.num_samples)
+        chosen = np.sort(np.random.default_rng(seed).choice(self.num_samples, count, replace=False))
+        return Batches(self._found, self._chosen[chosen], self._inputs, self.batch_size, self._whole)
+
+    def with_batch_size(self, batch_size: int) -> "Batches":
+        """Return the same samples in batches of another size, unless the model fixes it."""
+        fixed = self._inputs[0].shape[0]
+        return Batches(self._found, self._chosen, self._inputs, fixed or batch_size, self._whole)
+
     def samples(self) -> Iterator[Feed]:
         """Yield the samples one by one, in the inputs' dtypes, without a batch axis."""
         for index, group in itertools.groupby(self._chosen.tolist(), key=partial(bisect_right, self._ends)):

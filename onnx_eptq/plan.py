@@ -334,6 +334,7 @@ class _Planner:
         group = [n for n in group if self.plan[n].role == "activation" and not self.plan[n].tied_to and self.plan[n].grid == bits]
         if not group:
             return
+        group.sort(key=list(self.plan).index)  # the one computed first holds the parameters: the others are built after it
         members = [self.plan[name] for name in [*group, output.name]]
         lows, highs = zip(*(member.limits for member in members[:-1]), strict=True)
         whole = len(group) == len(node.inputs)

@@ -1699,3 +1699,24 @@ def _role(node: gs.Node, tensor: gs.Tensor) -> tuple[str, int] | None:
     if node.op in ("Gemm", "MatMul"):
         return "matrix", 0 if node.attrs.get("transB") else 1
     return node.op, 0 if node.op == "Conv" else 1
+
+
+def add_biases(graph: gs.Graph) -> int:
+    """Give every Conv, ConvTranspose and Gemm without a bias one of zeros, for what bias correction will find.
+
+    Not a pass: it makes the graph larger, so it runs only on demand.
+    """
+    added = 0
+    taken = set(graph.tensors())
+    for node in graph.nodes:
+        if not is_op(node, "Conv", "ConvTranspose", "Gemm") or not isinstance(node.inputs[1], gs.Constant):
+            continue
+        if len(node.inputs) > 2 and not node.inputs[2].is_empty():
+            continue
+        shape = node.inputs[1].shape
+        axis = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0 if node.attrs.get("transB", 0) else 1}[node.op]
+        channels = shape[axis] * (node.attrs.get("group", 1) if node.op == "ConvTranspose" else 1)
+        bias = constant(og.fresh(f"{node.inputs[1].name}_bias", taken), np.zeros(channels, np.float32))
+        node.inputs[2:] = [bias]
+        added += 1
+    return added

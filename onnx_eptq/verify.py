@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike, fspath
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ class Fidelity:
 
 
 def session(
-    model: onnx.ModelProto | str | Path, level: str = "all", threads: int = 0, *, save_to: Path | None = None
+    model: onnx.ModelProto | str | PathLike[str], level: str = "all", threads: int = 0, *, save_to: Path | None = None
 ) -> ort.InferenceSession:
     """A CPU session; raises VerificationError when the runtime refuses the model."""
     options = ort.SessionOptions()
@@ -76,7 +77,7 @@ def session(
     options.log_severity_level = 4
     if save_to:
         options.optimized_model_filepath = str(save_to)
-    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else fspath(model)
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
@@ -132,7 +133,8 @@ def _check_steps(value: str, producer: str, ours: Tensor, theirs: Tensor) -> int
 
 def _check_float(parity: Parity, student: Mirror, plan: Plan, batch: Batch, theirs: Mapping[str, Tensor]) -> None:
     """Every planned value against the runtime's, each computed from the runtime's own values before it."""
-    producer = {n.meta["value"]: str(n.meta.get("onnx") or n.args[0]) for n in student.graph.nodes if "value" in n.meta}
+    sources = {n.meta["value"]: n.args[0] if n.op == "call_module" else n for n in student.graph.nodes if "value" in n.meta}
+    producer = {value: f"'{source.meta.get('onnx', source.name)}'" for value, source in sources.items()}
 
     def see(value: str, x: Tensor) -> Tensor:
         if value not in theirs:
@@ -299,7 +301,10 @@ def _check_basic(parity: Parity, off: Mapping[str, np.ndarray], basic: Mapping[s
 
 
 def measure_fidelity(
-    float_model: onnx.ModelProto, written: str | Path | onnx.ModelProto, batches: Iterable[Batch], threads: int = 0
+    float_model: str | PathLike[str] | onnx.ModelProto,
+    written: str | PathLike[str] | onnx.ModelProto,
+    batches: Iterable[Batch],
+    threads: int = 0,
 ) -> Fidelity:
     """Signal-to-noise ratio (dB) and argmax agreement (%) of every float output, both models at full optimisation.
 

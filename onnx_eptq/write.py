@@ -211,7 +211,24 @@ def write(
             else:
                 writer.stored(item, storage_of[item.grid.bits] if item.role == "weight" else "int8")
     model = graphs.to_model(writer.graph, opset=max(graph.opset, 21), ir_version=10, metadata=metadata)
+    _forget_shapes(model)
     return model if opset >= 21 else _lowered(model, opset)
+
+
+def _forget_shapes(model: onnx.ModelProto) -> None:
+    """Drop shapes that a runtime infers again by itself, and symbols that claim two outputs to be equally large.
+
+    Exporters give one symbol to dimensions that differ, which harms nothing until a runtime plans its memory by them.
+    """
+    standard = {output for node in model.graph.node if not node.domain for output in node.output}
+    kept = [value for value in model.graph.value_info if value.name not in standard]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(kept)
+    known = {dim.dim_param for value in model.graph.input for dim in value.type.tensor_type.shape.dim}
+    for value in model.graph.output:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.dim_param and dim.dim_param not in known:
+                dim.dim_param = f"{value.name}_{axis}"
 
 
 def _lowered(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:

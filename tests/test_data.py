@@ -761,3 +761,15 @@ def test_implausible_ranges(low, high, message):
 def test_implausible_says_nothing_about_what_is_no_float_image():
     for spec in (*VECTOR, *image_input(None, 3, 8, 8, dtype=np.uint8), *image_input(None, 64, 8, 8)):
         assert implausible(spec, FeedRange(0, 255, 100, 1)) is None
+
+
+def test_subset_spreads_over_all_samples_and_repeats() -> None:
+    x = np.arange(100, dtype=np.float32).reshape(100, 1)
+    batches = open_data(x, [InputSpec("x", (None, 1), np.dtype(np.float32))], batch_size=8)
+    subset = batches.subset(10, seed=1)
+    rows = np.concatenate([batch["x"] for batch in subset])[:, 0]
+    assert subset.num_samples == 10
+    assert (np.diff(rows) > 0).all()
+    assert rows.max() > 50
+    np.testing.assert_array_equal(rows, np.concatenate([batch["x"] for batch in batches.subset(10, seed=1)])[:, 0])
+    assert batches.subset(1000).num_samples == 100

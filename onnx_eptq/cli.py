@@ -1,0 +1,221 @@
+"""The command line: arguments in, a report and an exit code out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from onnx_eptq import __version__
+from onnx_eptq.errors import EptqError, UsageError
+
+EXIT_CODES = """Exit codes: 0 done; 2 wrong usage; 3 the model cannot be read or quantized; 4 the calibration data does not fit;
+5 the output cannot be written; 6 the written file failed verification; 7 --strict and a layer would stay float; 130
+interrupted (nothing is written)."""
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+DATA, QUANT, RUN = "Calibration data", "Quantization", "Run"
+
+
+def option(panel: str, text: str, *names: str, metavar: str | None = None) -> Any:
+    """A typer option of one help panel."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"onnx-eptq {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog=EXIT_CODES)
+def quantize(
+    model: Annotated[Path, typer.Argument(help="The float ONNX model", show_default=False)],
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Calibration samples: a folder of images (recursive), .npy, .npz, or ONNX test_data_set_* folders",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, option(RUN, "The file to write; MODEL with _int4, _int8, ... added by default", "-o", "--output")
+    ] = None,
+    weight_bits: Annotated[int | None, option(QUANT, "Bits per weight, 2 to 8 [8]", "-w", "--weight-bits")] = None,
+    act_bits: Annotated[int | None, option(QUANT, "Bits per activation, 2 to 8 [8]", "-a", "--act-bits")] = None,
+    method: Annotated[str | None, option(QUANT, "How weights are rounded: rtn, to the nearest integer [rtn]")] = None,
+    target: Annotated[
+        str | None, option(QUANT, "What the file is for: onnxruntime, or onnx for plain INT4 initializers [onnxruntime]")
+    ] = None,
+    storage: Annotated[
+        str | None, option(QUANT, "How weights of 4 bits and less are stored: int8, int4, cast, lut [the target's]")
+    ] = None,
+    opset: Annotated[int | None, option(QUANT, "Opset of the file: 21, or 13 without 4-bit tensors [21]")] = None,
+    calibration: Annotated[
+        str | None, option(QUANT, "Activation ranges by: mse, minmax, percentile, entropy [mse]")
+    ] = None,
+    weight_calibration: Annotated[
+        str | None, option(QUANT, "Weight scales by: output (the layer's output error), absmax, mse [output]")
+    ] = None,
+    bias_correction: Annotated[
+        bool | None,
+        option(QUANT, "Add the mean error of rounded weights to the biases [on]", "--bias-correction/--no-bias-correction"),
+    ] = None,
+    bits: Annotated[
+        list[str] | None,
+        option(QUANT, "Other bits for a layer or tensor, may be repeated", "--bits", metavar="PATTERN=BITS"),
+    ] = None,
+    keep_float: Annotated[
+        list[str] | None,
+        option(QUANT, "A layer, operator type or tensor kept float, may be repeated", "--keep-float", metavar="PATTERN"),
+    ] = None,
+    plan_out: Annotated[Path | None, option(QUANT, "Write the plan (where quantizers sit) as JSON")] = None,
+    plan_in: Annotated[Path | None, option(QUANT, "Use an edited plan instead of making one")] = None,
+    num_samples: Annotated[int | None, option(DATA, "Use this many samples, chosen at random [all]")] = None,
+    batch_size: Annotated[int | None, option(DATA, "Samples per batch [by their size, at most 32]")] = None,
+    preset: Annotated[
+        str | None, option(DATA, "Image preprocessing by name: imagenet, unit, raw, tf, caffe, clip, cifar10, ... [unit]")
+    ] = None,
+    scale: Annotated[float | None, option(DATA, "x = (pixel * SCALE - mean) / std, pixels in 0..255 [1/255]")] = None,
+    mean: Annotated[str | None, option(DATA, "Mean per channel, after the scale", metavar="A,B,C")] = None,
+    std: Annotated[str | None, option(DATA, "Standard deviation per channel, after the scale", metavar="A,B,C")] = None,
+    resize: Annotated[str | None, option(DATA, "256 for the short side, or HxW to stretch [the model's size]")] = None,
+    crop: Annotated[str | None, option(DATA, "Centre crop: 224, or HxW")] = None,
+    color: Annotated[str | None, option(DATA, "Channel order of the model: rgb or bgr [rgb]")] = None,
+    layout: Annotated[str | None, option(DATA, "nchw or nhwc [read off the model's input]")] = None,
+    random_calibration: Annotated[
+        bool, option(DATA, "Calibrate on random numbers: for trying things out only", "--random-calibration")
+    ] = False,
+    dry_run: Annotated[bool, option(RUN, "Print plan, coverage and an estimate, then stop", "--dry-run")] = False,
+    strict: Annotated[bool, option(RUN, "Fail when a layer with weights would stay float", "--strict")] = False,
+    seed: Annotated[int | None, option(RUN, "Decides every random choice [0]")] = None,
+    threads: Annotated[int | None, option(RUN, "CPU threads, 0 for one per core [0]")] = None,
+    device: Annotated[str | None, option(RUN, "Where the simulation runs: cpu, cuda, cuda:1 [cpu]")] = None,
+    config: Annotated[Path | None, option(RUN, "Read settings from a YAML file; options win over it")] = None,
+    save_config: Annotated[Path | None, option(RUN, "Write all settings as a YAML file")] = None,
+    as_json: Annotated[bool, option(RUN, "Print the report as JSON", "--json")] = False,
+    verbose: Annotated[int, typer.Option("-v", "--verbose", count=True, help="More messages", rich_help_panel=RUN)] = 0,
+    quiet: Annotated[bool, option(RUN, "Print nothing but errors", "-q", "--quiet")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version", rich_help_panel=RUN)
+    ] = False,
+) -> None:
+    """Quantize a float ONNX MODEL to low-bit integers, calibrated on the samples in DATA, and verify the result."""
+    _log(verbose, quiet)
+    given = {
+        name: value
+        for name, value in locals().items()
+        if value is not None and name in _settings() and name not in ("bits", "keep_float", "mean", "std")
+    }
+    given |= {name: _numbers(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
+    if bits:
+        given["bits"] = dict(_override(text) for text in bits)
+    if keep_float:
+        given["keep_float"] = tuple(keep_float)
+    if data is None and not random_calibration:
+        raise UsageError("give calibration samples (a folder of images, .npy or .npz), or --random-calibration to try out")
+    if data is not None and random_calibration:
+        raise UsageError(f"--random-calibration and the data {data} exclude each other; give one of them")
+    _run(model, data, output, given, (plan_in, plan_out), config, save_config, dry_run, strict, as_json, quiet)
+
+
+def _settings() -> set[str]:
+    from onnx_eptq.config import Config
+
+    return set(Config.model_fields)
+
+
+def _run(
+    model: Path,
+    data: Path | None,
+    output: Path | None,
+    given: dict[str, Any],
+    plans: tuple[Path | None, Path | None],
+    config_file: Path | None,
+    save_config: Path | None,
+    dry_run: bool,
+    strict: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Import what is slow only now, so that help and wrong usage answer at once."""
+    from onnx_eptq import pipeline
+    from onnx_eptq.config import Config
+    from onnx_eptq.plan import Plan
+    from onnx_eptq.report import Phases, console
+
+    config = Config.load(config_file, **given) if config_file else Config.make(**given)
+    if save_config:
+        config.save(save_config)
+    plan_in, plan_out = plans
+    plan = Plan.from_json(_read(plan_in)) if plan_in else None
+    output = output or model.with_name(f"{model.stem}_int{config.weight_bits}.onnx")
+    phases = Phases(console(quiet))
+    options = {"config": config, "plan": plan, "strict": strict, "phases": phases}
+    if dry_run:
+        job = pipeline.begin(model, data, output, **options)
+        job.report.estimate = pipeline.estimate(job)
+        plan, report = job.plan, job.report
+        report.output = None
+        if not as_json and not quiet:
+            typer.echo(str(plan))
+    else:
+        result = pipeline.quantize(model, data, output, **options)
+        plan, report = result.plan, result.report
+    if plan_out:
+        _write(plan_out, plan.to_json())
+    if not quiet:
+        typer.echo(report.to_json() if as_json else str(report))
+
+
+def _log(verbose: int, quiet: bool) -> None:
+    level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("onnx_eptq").setLevel(level)
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--{name} takes numbers with commas between them, such as 0.5,0.5,0.5, not {text!r}") from None
+
+
+def _override(text: str) -> tuple[str, int]:
+    pattern, sign, bits = text.rpartition("=")
+    if not sign or not bits.isdigit():
+        raise UsageError(f"--bits takes PATTERN=BITS, such as 'conv1=8', not {text!r}")
+    return pattern, int(bits)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+
+
+def main() -> None:
+    """Entry point: run the command, turn errors into one line and an exit code."""
+    try:
+        app()
+    except EptqError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing was written", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

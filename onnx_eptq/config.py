@@ -1,0 +1,81 @@
+"""Every setting of a run: one frozen record, checked once, on entry. The command line's options are its fields."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from onnx_eptq.errors import UsageError
+
+
+class Config(BaseModel):
+    """Settings of `quantize`; see the README for what they do. Unknown names and impossible values are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["rtn"] = Field("rtn", description="How weights are rounded: rtn (to the nearest integer)")
+    weight_bits: int = Field(8, ge=2, le=8, description="Bits per weight, 2 to 8")
+    act_bits: int = Field(8, ge=2, le=8, description="Bits per activation, 2 to 8")
+    target: str = Field("onnxruntime", description="What the file is for: onnxruntime, or onnx (portable)")
+    storage: Literal["int8", "int4", "cast", "lut"] | None = Field(
+        None, description="How weights of 4 bits and less are stored; the target's own choice by default"
+    )
+    opset: Literal[13, 21] = Field(21, description="Opset of the file; 13 (IR 8) where no sub-byte type is in it")
+    calibration: Literal["minmax", "percentile", "mse", "entropy"] = Field(
+        "mse", description="How activation ranges are chosen"
+    )
+    weight_calibration: Literal["output", "absmax", "mse"] = Field(
+        "output", description="How weight scales are chosen: by the layer's output error, absmax, or mse"
+    )
+    bias_correction: bool = Field(True, description="Add the mean error of rounded weights to the biases")
+    bits: dict[str, int] = Field(default_factory=dict, description="Bits for layers or tensors by name pattern")
+    keep_float: tuple[str, ...] = Field((), description="Layers, operators or tensors kept float, by name pattern")
+    num_samples: int | None = Field(None, ge=1, description="Calibration samples to use; all by default")
+    batch_size: int | None = Field(None, ge=1, description="Samples per batch; by the size of a sample by default")
+    preset: str = Field("unit", description="Image preprocessing by name")
+    scale: float | None = Field(None, description="Factor on pixels of 0..255, before mean and std; 1/255 by default")
+    mean: tuple[float, ...] | None = Field(None, description="Mean per channel, after the scale")
+    std: tuple[float, ...] | None = Field(None, description="Standard deviation per channel, after the scale")
+    resize: str | None = Field(None, description="Short side (256), or HxW to stretch")
+    crop: str | None = Field(None, description="Centre crop: 224, or HxW")
+    color: Literal["rgb", "bgr"] | None = Field(None, description="Channel order of the model")
+    layout: Literal["nchw", "nhwc"] | None = Field(None, description="Axis order; read off the model's input by default")
+    seed: int = Field(0, ge=0, description="Decides every random choice")
+    threads: int = Field(0, ge=0, description="CPU threads; 0: one per core")
+    device: str = Field("cpu", description="Where the simulation runs: cpu, cuda, cuda:1")
+
+    @classmethod
+    def make(cls, **settings: Any) -> Config:
+        """Build a Config; raises UsageError that names each wrong setting, what was found and what is wanted."""
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            raise UsageError("; ".join(_complaint(item) for item in error.errors())) from None
+
+    @classmethod
+    def load(cls, path: str | Path, **overrides: Any) -> Config:
+        """Read a YAML file as `save` writes it; `overrides` win over it."""
+        try:
+            settings = yaml.safe_load(Path(path).read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(f"cannot read the config file {path}: {str(error).splitlines()[0]}") from None
+        if not isinstance(settings, dict):
+            raise UsageError(f"the config file {path} holds a {type(settings).__name__}, not `name: value` lines")
+        return cls.make(**{**settings, **overrides})
+
+    def save(self, path: str | Path) -> None:
+        """Write every setting as YAML."""
+        try:
+            Path(path).write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        except OSError as error:
+            raise UsageError(f"cannot write the config file {path}: {error.strerror}") from None
+
+
+def _complaint(item: Any) -> str:
+    name = str(item["loc"][0]) if item["loc"] else "settings"
+    if item["type"] == "extra_forbidden":
+        return f"there is no setting '{name}'"
+    return f"{name}: {str(item['msg'])[0].lower()}{str(item['msg'])[1:]}, found {item['input']!r}"

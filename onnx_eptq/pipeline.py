@@ -1,0 +1,300 @@
+"""`quantize`: the stages from a float ONNX model to a verified low-bit file, one line each."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import torch
+
+import onnx_eptq
+from onnx_eptq import calibrate, mirror, verify
+from onnx_eptq import data as sources
+from onnx_eptq import graph as graphs
+from onnx_eptq.config import Config
+from onnx_eptq.errors import CoverageError, ModelError, OutputError, UsageError
+from onnx_eptq.plan import Layer, Plan, Rules, check_ops, check_plan, linear_layers, make_plan
+from onnx_eptq.prepare import add_biases, prepare
+from onnx_eptq.report import Phases, Report, measure_coverage
+from onnx_eptq.targets import TARGETS, Target
+from onnx_eptq.write import write
+
+WEIGHT_SAMPLES = 64  # samples on which weight scales compete
+FIDELITY_SAMPLES = 256
+PARITY_SAMPLES = 8
+IMAGE_ELEMENTS = 3 * 224 * 224  # a sample of this size is run in batches of 32
+Model = str | os.PathLike[str] | onnx.ModelProto | gs.Graph
+
+
+@dataclass
+class Result:
+    """A finished run: the written model, its plan, and the report."""
+
+    model: onnx.ModelProto
+    plan: Plan
+    report: Report
+
+
+@dataclass
+class Job:
+    """What is known before any long work: the prepared graph, where quantizers sit, what will be fed."""
+
+    graph: gs.Graph
+    source: onnx.ModelProto | Path
+    plan: Plan
+    layers: Sequence[Layer]
+    target: Target
+    batches: sources.Batches
+    config: Config
+    report: Report
+
+
+def quantize(
+    model: Model,
+    data: Any,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    config: Config | None = None,
+    plan: Plan | None = None,
+    strict: bool = False,
+    phases: Phases | None = None,
+    **settings: Any,
+) -> Result:
+    """Quantize a float ONNX model and verify the result in ONNX Runtime.
+
+    Args:
+        model: path, ModelProto or graphsurgeon Graph; never modified.
+        data: calibration samples: a path (images, .npy, .npz, test_data_set folders), arrays, dicts by input name, any
+            iterable of them, an ONNX Runtime CalibrationDataReader, or None for random samples.
+        output: where to write the file; None keeps it in memory.
+        config: all settings at once; or give single ones by name (`weight_bits=4`), which win.
+        plan: where quantizers sit, as an earlier run returned it or `Plan.from_json` read it; by default made here.
+        strict: refuse to go on when a layer with weights would stay float.
+        phases: where progress is shown; by default nowhere.
+
+    Raises:
+        EptqError: one of its kinds (`onnx_eptq.errors`); nothing is written then.
+    """
+    phases = phases or Phases()
+    job = begin(model, data, output, config=config, plan=plan, strict=strict, phases=phases, **settings)
+    teacher = mirror.build(job.graph).to(job.config.device)
+    student = calibrated(job, teacher, phases)
+    written = finish(job, student, output, phases)
+    job.report.seconds = phases.seconds
+    return Result(written, job.plan, job.report)
+
+
+def begin(
+    model: Model,
+    data: Any,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    config: Config | None = None,
+    plan: Plan | None = None,
+    strict: bool = False,
+    phases: Phases | None = None,
+    **settings: Any,
+) -> Job:
+    """Check everything that can be checked before long work, and plan; arguments and errors as for `quantize`."""
+    phases = phases or Phases()
+    config = Config.make(**{**(config.model_dump() if config else {}), **settings})
+    target = choose_target(config)
+    check_device(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if output is not None:
+        check_output(output, model)
+    with phases("prepare"):
+        graph = graphs.load(model)
+        source = Path(model) if isinstance(model, str | os.PathLike) else graphs.to_model(graphs.copy(graph))
+        check_ops(graph)
+        changes = prepare(graph)
+        refuse_half(graph)
+        if config.bias_correction:
+            add_biases(graph)
+        if plan is None:
+            plan = make_plan(graph, target, Rules(config.weight_bits, config.act_bits, config.bits, config.keep_float))
+        else:
+            check_plan(graph, target, plan)
+    coverage = measure_coverage(graph, plan)
+    if strict and not coverage.complete:
+        names = ", ".join(f"'{name}' ({reason})" for name, reason in coverage.float_layers.items())
+        raise CoverageError(f"{len(coverage.float_layers)} of {coverage.layers} layers would stay float: {names}")
+    batches = open_batches(graph, data, config)
+    label = str(model) if isinstance(model, str | os.PathLike) else graph.name or "model"
+    report = Report(onnx_eptq.__version__, label, config.model_dump(mode="json", exclude_defaults=True), coverage)
+    report.output = None if output is None else str(output)
+    report.preparation = {name: count for name, count in changes.items() if count}
+    report.float_bytes = source.stat().st_size if isinstance(source, Path) else source.ByteSize()
+    job = Job(graph, source, plan, linear_layers(graph), target, batches, config, report)
+    describe_data(job)
+    return job
+
+
+def choose_target(config: Config) -> Target:
+    """The target record, with the storage form that the user asked for."""
+    if config.target not in TARGETS:
+        raise UsageError(f"there is no target '{config.target}'; known: {', '.join(TARGETS)}")
+    target = TARGETS[config.target]
+    if config.storage is None:
+        storage = {b: "int8" if config.opset < 21 and form in ("int4", "cast") else form for b, form in target.storage.items()}
+    elif config.opset < 21 and config.storage in ("int4", "cast"):
+        raise UsageError(f"storage '{config.storage}' holds 4-bit tensors, which need opset 21, not {config.opset}")
+    else:
+        storage = {bits: config.storage if bits <= 4 else "int8" for bits in target.storage}
+    return replace(target, storage=storage)
+
+
+def check_device(config: Config) -> None:
+    """Raise UsageError when torch cannot use the device."""
+    try:
+        torch.zeros(1, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"device '{config.device}' cannot be used ({reason}); use --device cpu") from None
+
+
+def check_output(output: str | os.PathLike[str], model: Model) -> None:
+    """Raise OutputError when the file could not be written at the end."""
+    path = Path(output)
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise OutputError(f"the output {path} is a folder; give a file name")
+    if not folder.is_dir():
+        raise OutputError(f"the output's folder {folder} does not exist; make it first")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise OutputError(f"the output {path} cannot be written; choose another place")
+    if isinstance(model, str | os.PathLike) and path.exists() and Path(model).exists() and path.samefile(model):
+        raise OutputError(f"the output {path} is the input model itself; choose another name")
+
+
+def refuse_half(graph: gs.Graph) -> None:
+    """Raise ModelError for models in half or double precision, which the simulation does not cover."""
+    for tensor in [*graph.inputs, *graph.tensors().values()]:
+        if tensor.dtype is not None and str(tensor.dtype) in ("float16", "float64", "bfloat16"):
+            raise ModelError(
+                f"'{tensor.name}' is {tensor.dtype}; the model must be float32 throughout: convert or export it again so"
+            )
+
+
+def input_specs(graph: gs.Graph) -> list[sources.InputSpec]:
+    """The model's inputs as the data module wants them."""
+    specs = []
+    for tensor in graph.inputs:
+        shape = tuple(size if isinstance(size, int) and size > 0 else None for size in tensor.shape or ())
+        specs.append(sources.InputSpec(tensor.name, shape, np.dtype(tensor.dtype)))
+    return specs
+
+
+def open_batches(graph: gs.Graph, data: Any, config: Config) -> sources.Batches:
+    """Open the calibration data, or make random samples when `data` is None."""
+    specs = input_specs(graph)
+    if config.preset not in sources.PRESETS:
+        raise UsageError(f"there is no preset '{config.preset}'; known: {', '.join(sources.PRESETS)}")
+    chosen = {name: getattr(config, name) for name in ("scale", "mean", "std", "resize", "crop", "color", "layout")}
+    preset = replace(sources.PRESETS[config.preset], **{k: v for k, v in chosen.items() if v is not None})
+    if data is None:
+        batches = sources.random_data(specs, config.num_samples or 32, config.seed, batch_size=config.batch_size or 8)
+    else:
+        batches = sources.open_data(data, specs, preset, num_samples=config.num_samples, seed=config.seed, batch_size=1)
+    if config.batch_size is None:
+        elements = sum(array.size for array in next(batches.samples()).values())
+        return batches.with_batch_size(max(1, min(32, 32 * IMAGE_ELEMENTS // max(elements, 1))))
+    return batches.with_batch_size(config.batch_size)
+
+
+def describe_data(job: Job) -> None:
+    """Put into the report what is fed, and warn about what looks wrong."""
+    report = job.report
+    report.data, report.samples = job.batches.describe(), job.batches.num_samples
+    first = next(iter(job.batches))
+    for spec in input_specs(job.graph):
+        if spec.name in first and first[spec.name].size:
+            fed = sources.feed_range({spec.name: first[spec.name]})[spec.name]
+            report.fed[spec.name] = [float(number) for number in fed]
+            report.warnings += [text for text in [sources.implausible(spec, fed)] if text]
+    if report.samples < 32:
+        report.warnings.append(f"only {report.samples} calibration samples; a few hundred give better ranges")
+
+
+def estimate(job: Job) -> dict[str, float]:
+    """Seconds and peak memory (MB) that the whole run will take, extrapolated from one batch."""
+    teacher = mirror.build(job.graph).to(job.config.device)
+    batch = next(iter(job.batches))
+    start = time.perf_counter()
+    calibrate.observe(teacher, job.plan, job.layers, [batch])
+    spent = time.perf_counter() - start
+    rounds = -(-job.batches.num_samples // job.batches.batch_size)
+    weights = (2 + len(calibrate.SHARES)) * min(WEIGHT_SAMPLES, job.batches.num_samples) / job.batches.batch_size
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+    model_mb = job.report.float_bytes / 2**20
+    return {"seconds": spent * (rounds + weights + 2) + 1, "peak_mb": peak + 4 * model_mb + 60}
+
+
+def calibrated(job: Job, teacher: mirror.Mirror, phases: Phases) -> mirror.Mirror:
+    """The student: ranges from all samples, weight scales by their output error, biases corrected."""
+    config, batches = job.config, job.batches
+    rounds = -(-batches.num_samples // batches.batch_size)
+    stats = calibrate.observe(teacher, job.plan, job.layers, phases.over("calibrate", batches, rounds))
+    qparams = calibrate.calibrate(job.plan, stats, teacher, config.calibration, calibrate.views(job.graph))
+    few = batches.subset(WEIGHT_SAMPLES, config.seed)
+    rounds = -(-few.num_samples // few.batch_size)
+    qparams |= calibrate.choose_weight_scales(
+        teacher, job.plan, job.layers, phases.over("weights", few, rounds), config.weight_calibration
+    )
+    student = mirror.build(job.graph, job.plan, qparams).to(config.device)
+    if config.bias_correction:
+        calibrate.correct_biases(student, teacher, job.plan, job.layers, stats)
+    calibrate.fit_biases(student, job.plan)
+    return student
+
+
+def finish(
+    job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | None, phases: Phases
+) -> onnx.ModelProto:
+    """Write, verify, and only then put the file in place."""
+    report, threads = job.report, job.config.threads
+    quantized = student.export(job.plan)
+    written = write(job.graph, job.plan, quantized, job.target.storage, opset=job.config.opset)
+    with phases("verify"):
+        elements = sum(array.size for array in next(job.batches.samples()).values())
+        count = max(1, min(PARITY_SAMPLES, PARITY_SAMPLES * IMAGE_ELEMENTS // max(elements, 1)))
+        few = job.batches.subset(count, job.config.seed)
+        report.parity = verify.check_parity(written, student, job.plan, job.layers, quantized, few, threads)
+    onnx.helper.set_model_props(written, {**_properties(written), **metadata(report)})
+    if output is not None:
+        graphs.save(written, output)
+    report.bytes = Path(output).stat().st_size if output is not None else written.ByteSize()
+    with phases("compare"):
+        some = job.batches.subset(FIDELITY_SAMPLES, job.config.seed)
+        report.fidelity = verify.measure_fidelity(job.source, written if output is None else output, some, threads)
+    return written
+
+
+def _properties(model: onnx.ModelProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def metadata(report: Report) -> dict[str, str]:
+    """What the file says of itself."""
+    parity = report.parity
+    assert parity is not None
+    return {
+        "onnx_eptq.version": report.version,
+        "onnx_eptq.settings": json.dumps(report.settings),
+        "onnx_eptq.coverage": str(report.coverage),
+        "onnx_eptq.parity": (
+            f"float kernels {parity.float_differences}/{parity.float_elements}, integer kernels "
+            f"{parity.integer_differences}/{parity.integer_elements}, onnxruntime {verify.ort.__version__}"
+        ),
+    }

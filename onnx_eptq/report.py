@@ -1,0 +1,187 @@
+"""What a run did, as data and as at most forty lines of text; and the progress it shows while it does it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from onnx_eptq.plan import Plan, linear_layers
+from onnx_eptq.verify import Fidelity, Parity
+
+MAX_REASONS = 8  # lines of "kept float" in the text; the JSON holds all
+
+
+@dataclass
+class Coverage:
+    """How much of the model is quantized: weighted layers, bytes of float constants, and what stays float and why."""
+
+    layers: int
+    quantized_layers: int
+    bytes: int
+    quantized_bytes: int
+    activations: int
+    layers_by_bits: dict[int, int]
+    float_layers: dict[str, str]
+    float_values: dict[str, str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer with weights is quantized."""
+        return self.layers == self.quantized_layers
+
+    def __str__(self) -> str:
+        """One line."""
+        widths = ", ".join(f"{count} x {bits} bit" for bits, count in sorted(self.layers_by_bits.items()))
+        share = 100 * self.quantized_bytes / max(self.bytes, 1)
+        return (
+            f"{self.quantized_layers} of {self.layers} layers ({widths or 'none'}), {share:.1f} % of {self.bytes:,} bytes of "
+            f"constants, {self.activations} activations"
+        )
+
+
+def measure_coverage(graph: gs.Graph, plan: Plan) -> Coverage:
+    """Count what the plan quantizes."""
+    layers = linear_layers(graph)
+    done = [layer for layer in layers if layer.weight.name in plan]
+    by_bits: dict[int, int] = {}
+    for layer in done:
+        bits = plan[layer.weight.name].grid.bits
+        by_bits[bits] = by_bits.get(bits, 0) + 1
+    constants = {t.name: t for t in graph.tensors().values() if isinstance(t, gs.Constant) and t.dtype == np.float32}
+    sizes = {name: 4 * int(np.prod(tensor.shape or (1,))) for name, tensor in constants.items()}
+    return Coverage(
+        layers=len(layers),
+        quantized_layers=len(done),
+        bytes=sum(sizes.values()),
+        quantized_bytes=sum(size for name, size in sizes.items() if name in plan),
+        activations=sum(point.role == "activation" for point in plan.values()),
+        layers_by_bits=by_bits,
+        float_layers={
+            layer.node.name: plan.floats.get(layer.weight.name, "the plan leaves it float")
+            for layer in layers
+            if layer.weight.name not in plan
+        },
+        float_values=dict(plan.floats),
+    )
+
+
+@dataclass
+class Report:
+    """Everything a run has to say."""
+
+    version: str
+    model: str
+    settings: dict[str, Any]
+    coverage: Coverage
+    output: str | None = None
+    data: str = ""
+    samples: int = 0
+    fed: dict[str, list[float]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    preparation: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    float_bytes: int = 0
+    bytes: int = 0
+    parity: Parity | None = None
+    fidelity: Fidelity | None = None
+    estimate: dict[str, float] | None = None
+
+    def to_json(self) -> str:
+        """All fields as JSON text."""
+        return json.dumps(asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        """At most forty lines."""
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield f"coverage   {self.coverage}"
+        reasons = list({**self.coverage.float_values, **self.coverage.float_layers}.items())
+        for name, reason in reasons[:MAX_REASONS]:
+            yield f"  float    {name}: {reason}"
+        if len(reasons) > MAX_REASONS:
+            yield f"  float    and {len(reasons) - MAX_REASONS} more (all of them in --json)"
+        if self.data:
+            yield f"data       {self.data}"
+        for name, (low, high, mean, std) in list(self.fed.items())[:4]:
+            yield f"  fed      {name}: {low:.4g} to {high:.4g}, mean {mean:.4g}, standard deviation {std:.4g}"
+        yield from (f"warning    {warning}" for warning in self.warnings[:4])
+        if self.estimate:
+            yield f"estimate   {self.estimate['seconds']:.0f} s, {self.estimate['peak_mb']:.0f} MB"
+        if self.seconds:
+            yield "time       " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        if self.bytes:
+            yield f"size       {self.float_bytes:,} -> {self.bytes:,} bytes ({self.float_bytes / self.bytes:.1f} x smaller)"
+        yield from self._verified()
+        if self.output:
+            yield f"written    {self.output}"
+
+    def _verified(self) -> Iterator[str]:
+        parity, fidelity = self.parity, self.fidelity
+        if parity:
+            yield (
+                f"parity     {parity.float_differences} of {parity.float_elements:,} elements one step off in float kernels, "
+                f"{parity.integer_differences} of {parity.integer_elements:,} in integer kernels"
+            )
+            yield (
+                f"           {parity.fused_differences} of {parity.fused_elements:,} in pooling and elementwise kernels (at most "
+                f"{parity.fused_max_steps} step); basic optimisations change nothing"
+            )
+        if fidelity:
+            for name in list(fidelity.sqnr_db)[:6]:
+                agree = f", argmax agrees in {fidelity.agreement[name]} %" if name in fidelity.agreement else ""
+                yield f"fidelity   {name}: SQNR {fidelity.sqnr_db[name]} dB{agree} ({fidelity.samples} samples)"
+
+
+class Phases:
+    """Times the phases of a run and shows their progress: a bar on a terminal, else one line when a phase ends."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time a phase that has no countable steps."""
+        start = time.perf_counter()
+        if self.console and self.console.is_terminal:
+            with self.console.status(name):
+                yield
+        else:
+            yield
+        self._done(name, start)
+
+    def over(self, name: str, items: Iterable[Any], total: int) -> Iterator[Any]:
+        """Yield the items of a phase; `total` of them are expected."""
+        start = time.perf_counter()
+        if self.console and self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as bar:
+                task = bar.add_task(name, total=total)
+                for item in items:
+                    yield item
+                    bar.advance(task)
+        else:
+            yield from items
+        self._done(name, start)
+
+    def _done(self, name: str, start: float) -> None:
+        spent = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+        if self.console:
+            self.console.print(f"{name:<10} {spent:.1f} s", highlight=False)
+
+
+def console(quiet: bool = False) -> Console | None:
+    """The console progress goes to: standard error, or none."""
+    return None if quiet else Console(file=sys.stderr)
