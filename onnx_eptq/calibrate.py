@@ -386,9 +386,8 @@ def choose_weight_scales(
 
     def see(value: str, x: Tensor) -> Tensor:
         for layer in by_source.get(value, ()):
-            rows = [_channels(layer, apply_linear(layer, x, delta)) for delta in deltas[layer.weight.name]]
-            spread = [r.var(1, correction=0) if layer.bias is not None else r.square().mean(1) for r in rows]
-            per_channel = torch.stack(spread).double().cpu()
+            found = [_disturbance(layer, apply_linear(layer, x, delta)) for delta in deltas[layer.weight.name]]
+            per_channel = torch.stack(found).double().cpu()
             if plan[layer.weight.name].grid.axis is None:
                 per_channel = per_channel.sum(1, keepdim=True)
             errors[layer.weight.name] = errors.get(layer.weight.name, 0) + per_channel
@@ -398,6 +397,13 @@ def choose_weight_scales(
     for batch in batches:
         probe.run(*feed(teacher, batch))
     return {name: _pick(options, errors.get(name), plan[name].grid) for name, options in candidates.items()}
+
+
+def _disturbance(layer: Layer, error: Tensor) -> Tensor:
+    """Mean squared output error per channel; about its mean, where the bias will take that up."""
+    others = [axis for axis in range(error.ndim) if axis != layer.output_axis % error.ndim]
+    power = torch.linalg.vector_norm(error, dim=others).square() * (error.shape[layer.output_axis] / error.numel())
+    return power if layer.bias is None else power - error.mean(others).square()
 
 
 def _pick(options: list[QParams], errors: Tensor | None, grid: Grid) -> QParams:

@@ -6,6 +6,7 @@ made from the same `walk` that the writer reads: their code can be printed (`mod
 
 from __future__ import annotations
 
+import copy
 import keyword
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +72,14 @@ class Mirror(fx.GraphModule):
     constants: dict[str, str]  # value -> parameter or buffer name
     input_names: list[str]
     output_names: list[str]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mirror:
+        """An independent copy; fx alone would forget the tables above."""
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, Mirror)
+        for table in ("quantizers", "constants", "input_names", "output_names"):
+            setattr(twin, table, copy.deepcopy(getattr(self, table)))
+        return twin
 
     def quantizer(self, value: str) -> Quantizer | BiasQuantizer:
         """The quantizer of a value."""

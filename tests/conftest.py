@@ -1,8 +1,12 @@
-import models
 import pytest
 import torch
+from hypothesis import settings
+
+import models
 
 torch.set_num_threads(1)
+settings.register_profile("patient", deadline=None)  # machines are shared
+settings.load_profile("patient")
 
 
 def pytest_addoption(parser):
