@@ -64,12 +64,12 @@ class Inverted(nn.Module):
 class Digits(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem = conv(1, 6, 3, nn.ReLU())
-        self.blocks = nn.Sequential(Inverted(6, 18, 6, 1), Inverted(6, 24, 8, 2), Inverted(8, 24, 8, 1))
-        self.near = conv(8, 8, 1, nn.ReLU())
-        self.wide = conv(8, 8, 3, nn.ReLU(), groups=8)
-        self.head = conv(16, 24, 1, nn.ReLU6(), stride=2)
-        self.classify = nn.Linear(24, 10)
+        self.stem = conv(1, 24, 3, nn.ReLU())
+        self.blocks = nn.Sequential(Inverted(24, 72, 24, 1), Inverted(24, 96, 40, 2), Inverted(40, 160, 40, 1))
+        self.near = conv(40, 40, 1, nn.ReLU())
+        self.wide = conv(40, 40, 3, nn.ReLU(), groups=40)
+        self.head = conv(80, 128, 1, nn.ReLU6(), stride=2)
+        self.classify = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.stem(x))

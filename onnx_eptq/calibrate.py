@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
-from onnx_eptq.grid import MIN_SCALE, Grid, QParams, affine_qparams, along, fake_quantize, symmetric_qparams
+from onnx_eptq.grid import MIN_SCALE, Grid, QParams, affine_qparams, fake_quantize, symmetric_qparams
 from onnx_eptq.mirror import Mirror, Probe
 from onnx_eptq.ops import OPS
 from onnx_eptq.plan import Layer, Limits, Plan, is_constant
@@ -193,7 +193,7 @@ def _histogram_error(histogram: Histogram, scale: Tensor, zero_point: Tensor, gr
     x, weight = histogram.centers[used], histogram.counts[used]
     exact = view(x)
     errors = []
-    for s, z in zip(scale.split(64), zero_point.split(64), strict=True):
+    for s, z in zip(torch.split(scale, 64), torch.split(zero_point, 64), strict=True):
         s, z = s[:, None], z[:, None]
         snapped = (torch.clamp(torch.round(x / s) + z, grid.qmin, grid.qmax) - z) * s
         errors.append(((view(snapped) - exact) ** 2 * weight).sum(1))
@@ -222,9 +222,7 @@ def mse(
 
 
 @calibrator("entropy")
-def entropy(
-    histogram: Histogram, grid: Grid, limits: Limits, view: View = torch.clone, points: int = 64
-) -> QParams:
+def entropy(histogram: Histogram, grid: Grid, limits: Limits, view: View = torch.clone, points: int = 64) -> QParams:
     """The range whose quantized distribution has the least Kullback-Leibler divergence from the data's.
 
     Both ends shrink together; data beyond them counts in the outermost levels, as it does when it saturates.
@@ -299,7 +297,9 @@ def views(graph: gs.Graph) -> dict[str, View]:
         parameters = node.inputs[1:]
         if not OPS[node.op].unary or len(node.inputs[0].outputs) != 1 or not all(map(is_constant, parameters)):
             continue
-        numbers = [float(np.asarray(tensor.values).reshape(-1)[0]) for tensor in parameters if np.size(tensor.values) == 1]
+        numbers = [
+            float(np.asarray(tensor.values).reshape(-1)[0]) for tensor in parameters if np.size(tensor.values) == 1
+        ]
         if len(numbers) == len(parameters):
             found[node.inputs[0].name] = partial(_view, OPS[node.op].function, numbers, dict(node.attrs))
     return found
@@ -401,8 +401,11 @@ def choose_weight_scales(
 
 def _disturbance(layer: Layer, error: Tensor) -> Tensor:
     """Mean squared output error per channel; about its mean, where the bias will take that up."""
+    error = error if error.ndim > 1 else error.reshape(1, -1)  # a product with a vector has no axis but the samples
     others = [axis for axis in range(error.ndim) if axis != layer.output_axis % error.ndim]
-    power = torch.linalg.vector_norm(error, dim=others).square() * (error.shape[layer.output_axis] / error.numel())
+    power: Tensor = torch.linalg.vector_norm(error, dim=others).square() * (
+        error.shape[layer.output_axis] / error.numel()
+    )
     return power if layer.bias is None else power - error.mean(others).square()
 
 
@@ -446,10 +449,10 @@ def fit_biases(student: Mirror, plan: Plan) -> list[str]:
     for point in plan.values():
         if point.scale_from is None:
             continue
-        source, weight = (student.quantizer(name) for name in point.scale_from)
-        needed = student.constant(point.value).abs() / MAX_BIAS / source.scale
+        source, weight = (student.scale(name) for name in point.scale_from)
+        needed = student.constant(point.value).abs() / MAX_BIAS / source
         needed = needed if plan[point.scale_from[1]].grid.axis is not None else needed.max()
-        if bool((needed > weight.scale).any()):
-            weight.scale.copy_(torch.maximum(weight.scale, needed))
+        if bool((needed > weight).any()):
+            weight.copy_(torch.maximum(weight, needed))
             touched.append(point.scale_from[1])
     return touched

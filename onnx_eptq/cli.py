@@ -48,7 +48,8 @@ def quantize(
     act_bits: Annotated[int | None, option(QUANT, "Bits per activation, 2 to 8 [8]", "-a", "--act-bits")] = None,
     method: Annotated[str | None, option(QUANT, "How weights are rounded: rtn, to the nearest integer [rtn]")] = None,
     target: Annotated[
-        str | None, option(QUANT, "What the file is for: onnxruntime, or onnx for plain INT4 initializers [onnxruntime]")
+        str | None,
+        option(QUANT, "What the file is for: onnxruntime, or onnx for plain INT4 initializers [onnxruntime]"),
     ] = None,
     storage: Annotated[
         str | None, option(QUANT, "How weights of 4 bits and less are stored: int8, int4, cast, lut [the target's]")
@@ -62,7 +63,9 @@ def quantize(
     ] = None,
     bias_correction: Annotated[
         bool | None,
-        option(QUANT, "Add the mean error of rounded weights to the biases [on]", "--bias-correction/--no-bias-correction"),
+        option(
+            QUANT, "Add the mean error of rounded weights to the biases [on]", "--bias-correction/--no-bias-correction"
+        ),
     ] = None,
     bits: Annotated[
         list[str] | None,
@@ -70,14 +73,17 @@ def quantize(
     ] = None,
     keep_float: Annotated[
         list[str] | None,
-        option(QUANT, "A layer, operator type or tensor kept float, may be repeated", "--keep-float", metavar="PATTERN"),
+        option(
+            QUANT, "A layer, operator type or tensor kept float, may be repeated", "--keep-float", metavar="PATTERN"
+        ),
     ] = None,
     plan_out: Annotated[Path | None, option(QUANT, "Write the plan (where quantizers sit) as JSON")] = None,
     plan_in: Annotated[Path | None, option(QUANT, "Use an edited plan instead of making one")] = None,
     num_samples: Annotated[int | None, option(DATA, "Use this many samples, chosen at random [all]")] = None,
     batch_size: Annotated[int | None, option(DATA, "Samples per batch [by their size, at most 32]")] = None,
     preset: Annotated[
-        str | None, option(DATA, "Image preprocessing by name: imagenet, unit, raw, tf, caffe, clip, cifar10, ... [unit]")
+        str | None,
+        option(DATA, "Image preprocessing by name: imagenet, unit, raw, tf, caffe, clip, cifar10, ... [unit]"),
     ] = None,
     scale: Annotated[float | None, option(DATA, "x = (pixel * SCALE - mean) / std, pixels in 0..255 [1/255]")] = None,
     mean: Annotated[str | None, option(DATA, "Mean per channel, after the scale", metavar="A,B,C")] = None,
@@ -116,7 +122,9 @@ def quantize(
     if keep_float:
         given["keep_float"] = tuple(keep_float)
     if data is None and not random_calibration:
-        raise UsageError("give calibration samples (a folder of images, .npy or .npz), or --random-calibration to try out")
+        raise UsageError(
+            "give calibration samples (a folder of images, .npy or .npz), or --random-calibration to try out"
+        )
     if data is not None and random_calibration:
         raise UsageError(f"--random-calibration and the data {data} exclude each other; give one of them")
     _run(model, data, output, given, (plan_in, plan_out), config, save_config, dry_run, strict, as_json, quiet)
@@ -154,7 +162,7 @@ def _run(
     plan = Plan.from_json(_read(plan_in)) if plan_in else None
     output = output or model.with_name(f"{model.stem}_int{config.weight_bits}.onnx")
     phases = Phases(console(quiet))
-    options = {"config": config, "plan": plan, "strict": strict, "phases": phases}
+    options: dict[str, Any] = {"config": config, "plan": plan, "strict": strict, "phases": phases}
     if dry_run:
         job = pipeline.begin(model, data, output, **options)
         job.report.estimate = pipeline.estimate(job)
@@ -181,7 +189,9 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--{name} takes numbers with commas between them, such as 0.5,0.5,0.5, not {text!r}") from None
+        raise UsageError(
+            f"--{name} takes numbers with commas between them, such as 0.5,0.5,0.5, not {text!r}"
+        ) from None
 
 
 def _override(text: str) -> tuple[str, int]:

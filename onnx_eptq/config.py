@@ -42,7 +42,9 @@ class Config(BaseModel):
     resize: str | None = Field(None, description="Short side (256), or HxW to stretch")
     crop: str | None = Field(None, description="Centre crop: 224, or HxW")
     color: Literal["rgb", "bgr"] | None = Field(None, description="Channel order of the model")
-    layout: Literal["nchw", "nhwc"] | None = Field(None, description="Axis order; read off the model's input by default")
+    layout: Literal["nchw", "nhwc"] | None = Field(
+        None, description="Axis order; read off the model's input by default"
+    )
     seed: int = Field(0, ge=0, description="Decides every random choice")
     threads: int = Field(0, ge=0, description="CPU threads; 0: one per core")
     device: str = Field("cpu", description="Where the simulation runs: cpu, cuda, cuda:1")

@@ -87,6 +87,12 @@ class Mirror(fx.GraphModule):
         assert isinstance(module, Quantizer | BiasQuantizer)
         return module
 
+    def scale(self, value: str) -> Tensor:
+        """The scale of an activation, a constant operand or a weight."""
+        quantizer = self.quantizer(value)
+        assert isinstance(quantizer, Quantizer)
+        return quantizer.scale
+
     def constant(self, value: str) -> Tensor:
         """The parameter or buffer that holds a constant."""
         tensor = getattr(self, self.constants[value])
@@ -99,9 +105,8 @@ class Mirror(fx.GraphModule):
             quantizer = self.quantizer(point.tied_to or point.value)
             assert isinstance(quantizer, Quantizer)
             return quantizer.qparams
-        source, weight = (self.quantizer(name) for name in point.scale_from)
-        assert isinstance(source, Quantizer) and isinstance(weight, Quantizer)
-        scale = source.scale * weight.scale
+        source, weight = (self.scale(name) for name in point.scale_from)
+        scale = source * weight
         return QParams(scale, torch.zeros_like(scale, dtype=torch.int32))
 
     def export(self, plan: Mapping[str, QuantPoint]) -> dict[str, Quantized]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -33,7 +33,7 @@ WEIGHT_SAMPLES = 64  # samples on which weight scales compete
 FIDELITY_SAMPLES = 256
 PARITY_SAMPLES = 8
 IMAGE_ELEMENTS = 3 * 224 * 224  # a sample of this size is run in batches of 32
-Model = str | os.PathLike[str] | onnx.ModelProto | gs.Graph
+Model: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | gs.Graph
 
 
 @dataclass
@@ -81,6 +81,7 @@ def quantize(
         plan: where quantizers sit, as an earlier run returned it or `Plan.from_json` read it; by default made here.
         strict: refuse to go on when a layer with weights would stay float.
         phases: where progress is shown; by default nowhere.
+        **settings: single settings of `Config`.
 
     Raises:
         EptqError: one of its kinds (`onnx_eptq.errors`); nothing is written then.
@@ -147,7 +148,9 @@ def choose_target(config: Config) -> Target:
         raise UsageError(f"there is no target '{config.target}'; known: {', '.join(TARGETS)}")
     target = TARGETS[config.target]
     if config.storage is None:
-        storage = {b: "int8" if config.opset < 21 and form in ("int4", "cast") else form for b, form in target.storage.items()}
+        storage = {
+            b: "int8" if config.opset < 21 and form in ("int4", "cast") else form for b, form in target.storage.items()
+        }
     elif config.opset < 21 and config.storage in ("int4", "cast"):
         raise UsageError(f"storage '{config.storage}' holds 4-bit tensors, which need opset 21, not {config.opset}")
     else:
@@ -259,9 +262,7 @@ def calibrated(job: Job, teacher: mirror.Mirror, phases: Phases) -> mirror.Mirro
     return student
 
 
-def finish(
-    job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | None, phases: Phases
-) -> onnx.ModelProto:
+def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | None, phases: Phases) -> onnx.ModelProto:
     """Write, verify, and only then put the file in place."""
     report, threads = job.report, job.config.threads
     quantized = student.export(job.plan)
@@ -295,6 +296,6 @@ def metadata(report: Report) -> dict[str, str]:
         "onnx_eptq.coverage": str(report.coverage),
         "onnx_eptq.parity": (
             f"float kernels {parity.float_differences}/{parity.float_elements}, integer kernels "
-            f"{parity.integer_differences}/{parity.integer_elements}, onnxruntime {verify.ort.__version__}"
+            f"{parity.integer_differences}/{parity.integer_elements}, onnxruntime {verify.RUNTIME}"
         ),
     }

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -31,8 +31,8 @@ class QuantPoint:
     """One quantizer: the value it sits on, its grid, and what its parameters derive from.
 
     `tied_to` names the value whose parameters it shares; `moved` says that it is on that grid already when it is produced
-    (a MaxPool or Reshape of it), so that quantizing changes nothing; `scale_from` (biases) the activation and the weight whose scales'
-    product is its scale; `limits` the bounds that the producing operator guarantees (None: unbounded). `whole_range` says
+    (a MaxPool or Reshape of it), so that quantizing changes nothing; `scale_from` (biases) the activation and the weight
+    whose scales' product is its scale; `limits` the bounds that the producing operator guarantees (None: unbounded). `whole_range` says
     that no element may saturate: the largest ones decide (network outputs, inputs of a Softmax).
     """
 
@@ -234,18 +234,26 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> dict[int, str]:
     Seeds are the nodes the user keeps and operators whose result 8 bits cannot hold (Log, Reciprocal, ...). Operators between
     seeds join: those whose every consumer is inside, and those that read an inside value which nothing outside needs.
     A linear operator joins when all that reads it is inside (the matrices of a spectrogram before its Log): its weights are
-    quantized all the same.
+    quantized all the same. What such an operator reads joins only near the inputs: a classifier that ends in a Log is no
+    spectrogram.
     """
     region = {id(node): "kept float as asked" for node in graph.nodes if id(node) in kept}
     region |= {id(n): f"{n.op} needs float" for n in graph.nodes if role_of(n) == "sensitive" and id(n) not in region}
     growing = {key for key, reason in region.items() if reason != "kept float as asked"}
     outputs = {id(tensor) for tensor in graph.outputs}
+    depth: dict[int, int] = {}  # linear operators on the longest way from an input to a node, itself included
+    for node in graph.nodes:
+        above = [depth[id(producer)] for tensor in node.inputs for producer in tensor.inputs]
+        depth[id(node)] = max(above, default=0) + (role_of(node) == "linear")
+
+    def inside(consumer: gs.Node, node: gs.Node) -> bool:
+        return id(consumer) in growing and (role_of(consumer) != "linear" or depth[id(node)] <= 1)
 
     def joins(node: gs.Node) -> bool:
         if role_of(node) not in ("linear", "arithmetic", "same_grid", "clamp") or not is_float(node.outputs[0]):
             return False
         consumers = [consumer for tensor in node.outputs for consumer in tensor.outputs]
-        if consumers and all(id(c) in growing for c in consumers) and not any(id(t) in outputs for t in node.outputs):
+        if consumers and all(inside(c, node) for c in consumers) and not any(id(t) in outputs for t in node.outputs):
             return True
         for tensor in () if role_of(node) == "linear" else node.inputs:
             inner = tensor.inputs and id(tensor.inputs[0]) in growing and id(tensor) not in outputs
@@ -321,7 +329,9 @@ class _Planner:
             point = replace(self.plan[tied], value=tensor.name, tied_to=tied, moved=True)
         else:
             bits = self.bits(self.rules.act_bits, tensor.name)
-            point = QuantPoint(tensor.name, Grid(bits, False), "activation", limits=_limits(producer), whole_range=whole)
+            point = QuantPoint(
+                tensor.name, Grid(bits, False), "activation", limits=_limits(producer), whole_range=whole
+            )
         self.plan[tensor.name] = point
 
     def join(self, node: gs.Node) -> None:
@@ -329,18 +339,29 @@ class _Planner:
         output = node.outputs[0]
         if not OPS[node.op].joins or output.name not in self.plan or self.plan[output.name].tied_to:
             return
-        group = [t.name for t in node.inputs if t.name in self.plan and len(t.outputs) == 1 and id(t) not in self.outputs]
+        group = [
+            t.name for t in node.inputs if t.name in self.plan and len(t.outputs) == 1 and id(t) not in self.outputs
+        ]
         bits = self.plan[output.name].grid
-        group = [n for n in group if self.plan[n].role == "activation" and not self.plan[n].tied_to and self.plan[n].grid == bits]
+        group = [
+            n
+            for n in group
+            if self.plan[n].role == "activation" and not self.plan[n].tied_to and self.plan[n].grid == bits
+        ]
         if not group:
             return
-        group.sort(key=list(self.plan).index)  # the one computed first holds the parameters: the others are built after it
+        group.sort(
+            key=list(self.plan).index
+        )  # the one computed first holds the parameters: the others are built after it
         members = [self.plan[name] for name in [*group, output.name]]
         lows, highs = zip(*(member.limits for member in members[:-1]), strict=True)
         whole = len(group) == len(node.inputs)
         shared = replace(
             members[0],
-            limits=(None if None in lows or not whole else min(lows), None if None in highs or not whole else max(highs)),
+            limits=(
+                None if None in lows or not whole else min(lows),
+                None if None in highs or not whole else max(highs),
+            ),
             whole_range=any(member.whole_range for member in members),
         )
         for name, point in list(self.plan.items()):
@@ -480,29 +501,44 @@ def _spell(widths: Sequence[int]) -> str:
 def check_plan(graph: gs.Graph, target: Target, plan: Plan) -> None:
     """Raise UsageError when a plan (as edited by the user) does not fit the graph or the target."""
     tensors = graph.tensors()
-    seen: set[str] = set()
-    layers = {layer.weight.name for layer in linear_layers(graph)}
-    order = [item.value for item in walk(graph, plan) if isinstance(item, QuantPoint)]
+    layers = {layer.weight.name: layer for layer in linear_layers(graph)}
+    place = {item.value: index for index, item in enumerate(walk(graph, plan)) if isinstance(item, QuantPoint)}
     for value, point in plan.items():
         allowed: Sequence[int] = {"weight": target.weight_bits, "bias": (BIAS_BITS,)}.get(
             point.role, target.activation_bits
         )
+        axis = layers[value].axis if point.role == "weight" and value in layers else 0 if point.role == "bias" else None
         problem = None
-        if value not in tensors or value not in order:
+        if value not in tensors or value not in place:
             problem = "is no value of this model"
+        elif point.role not in get_args(PointRole):
+            problem = f"has the role '{point.role}', which is none of {', '.join(get_args(PointRole))}"
         elif point.grid.bits not in allowed:
             problem = f"has {point.grid.bits} bits, but target '{target.name}' takes {_spell(allowed)}"
         elif point.role == "weight" and value not in layers:
             problem = "is not the weight of a linear layer"
-        elif point.role in ("weight", "bias", "constant") and not is_constant(tensors[value]):
-            problem = f"is no constant, so it cannot be a {point.role}"
+        elif (point.role == "activation") == is_constant(tensors[value]):
+            problem = f"is {'a' if point.role == 'activation' else 'no'} constant, so it cannot be a {point.role}"
+        elif point.grid.signed != (point.role in ("weight", "bias")):
+            problem = f"cannot be {'signed' if point.grid.signed else 'unsigned'}, as it is a {point.role}"
+        elif point.grid.axis not in (None, axis):
+            problem = f"has one scale per slice of axis {point.grid.axis}, but its axis can only be {axis}"
+        elif (point.scale_from is None) == (point.role == "bias"):
+            problem = "must have scale_from if it is a bias, and only then"
         elif any(name not in plan for name in (point.scale_from or ()) + ((point.tied_to,) if point.tied_to else ())):
             problem = f"needs {point.scale_from or point.tied_to}, which the plan leaves float"
+        elif point.scale_from and [plan[name].role for name in point.scale_from] != ["activation", "weight"]:
+            problem = f"takes its scale from {point.scale_from}, which must be an activation and a weight"
+        elif point.scale_from and point.grid.axis is None and plan[point.scale_from[1]].grid.axis is not None:
+            problem = f"needs axis 0, as '{point.scale_from[1]}' has one scale per channel"
         elif point.tied_to and plan[point.tied_to].grid != point.grid:
             problem = f"is tied to '{point.tied_to}', whose grid differs"
+        elif point.tied_to and (plan[point.tied_to].tied_to or place[point.tied_to] >= place[value]):
+            problem = f"is tied to '{point.tied_to}', which is tied itself or comes later"
+        elif point.moved and not point.tied_to:
+            problem = "is moved, but tied to nothing"
         if problem:
             raise UsageError(f"the plan does not fit the model: '{value}' {problem}")
-        seen.add(value)
 
 
 def walk(graph: gs.Graph, plan: Mapping[str, QuantPoint]) -> Iterator[gs.Node | QuantPoint]:

@@ -84,6 +84,37 @@ def to_opset(graph: gs.Graph, opset: int = OPSET) -> None:
             _declare_opset(graph, opset)
 
 
+def lower_opset(graph: gs.Graph, opset: int) -> None:
+    """Rewrite the nodes of a graph for an older opset, in place, and declare it.
+
+    Raises:
+        ModelError: A node has no form in the opset wanted.
+    """
+    for node in graph.nodes:
+        axes = _const(node, 1)
+        if node.op.startswith("Reduce") and node.op != "ReduceSum" and axes is not None:
+            node.attrs["axes"] = [int(axis) for axis in axes.ravel()]
+            del node.inputs[1:]
+        schema = onnx.defs.get_schema(node.op, graph.opset, "") if node.domain in og.STANDARD_DOMAINS else None
+        older = _schema(node.op, opset)
+        if schema and older:
+            for name in set(node.attrs) - set(older.attributes):
+                default = onnx.helper.get_attribute_value(schema.attributes[name].default_value)
+                if node.attrs[name] == default or (node.op, name) == ("Split", "num_outputs"):
+                    del node.attrs[name]
+    stuck = [f"'{node.name}' {node.op}" for node in graph.nodes if not _fits(node, opset)]
+    if stuck:
+        raise ModelError(f"These nodes have no form in opset {opset}: {', '.join(stuck)}; use a newer one.")
+    _declare_opset(graph, opset)
+
+
+def _schema(op: str, opset: int) -> Any:
+    try:
+        return onnx.defs.get_schema(op, opset, "")
+    except onnx.defs.SchemaError:
+        return None
+
+
 def _declare_opset(graph: gs.Graph, opset: int) -> None:
     for scope in og.scopes(graph):
         scope.opset = opset
@@ -202,9 +233,8 @@ def _fits(node: gs.Node, opset: int) -> bool:
     """Tell whether the node, written for a newer opset, is valid and means the same in the older one."""
     if node.domain not in og.STANDARD_DOMAINS:
         return True
-    try:
-        schema = onnx.defs.get_schema(node.op, opset, "")
-    except onnx.defs.SchemaError:
+    schema = _schema(node.op, opset)
+    if schema is None:
         return False
     present = len(node.inputs) <= schema.max_input and len(node.outputs) <= schema.max_output
     return present and set(node.attrs) <= set(schema.attributes) and _types_fit(node, schema)

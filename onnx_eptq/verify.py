@@ -20,6 +20,7 @@ from onnx_eptq.grid import Quantized, dequantize, quantize
 from onnx_eptq.mirror import Mirror, Probe
 from onnx_eptq.plan import Layer, Plan, role_of
 
+RUNTIME = str(ort.__version__)
 LEVELS = {
     "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -133,7 +134,9 @@ def _check_steps(value: str, producer: str, ours: Tensor, theirs: Tensor) -> int
 
 def _check_float(parity: Parity, student: Mirror, plan: Plan, batch: Batch, theirs: Mapping[str, Tensor]) -> None:
     """Every planned value against the runtime's, each computed from the runtime's own values before it."""
-    sources = {n.meta["value"]: n.args[0] if n.op == "call_module" else n for n in student.graph.nodes if "value" in n.meta}
+    sources = {
+        n.meta["value"]: n.args[0] if n.op == "call_module" else n for n in student.graph.nodes if "value" in n.meta
+    }
     producer = {value: f"'{source.meta.get('onnx', source.name)}'" for value, source in sources.items()}
 
     def see(value: str, x: Tensor) -> Tensor:

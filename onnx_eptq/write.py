@@ -9,9 +9,9 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnx_eptq import graph as graphs
-from onnx_eptq.errors import ModelError
 from onnx_eptq.grid import DTYPES, Grid, Quantized
 from onnx_eptq.plan import QuantPoint, walk
+from onnx_eptq.prepare import lower_opset
 
 Storage = Callable[["Writer", str, np.ndarray, Grid], gs.Tensor]
 STORAGE: dict[str, Storage] = {}
@@ -201,7 +201,7 @@ def write(
         metadata: entries for the model's metadata_props.
 
     Raises:
-        ModelError: the graph or a storage form cannot be expressed in `opset`.
+        ModelError: a node or a storage form cannot be expressed in `opset`.
     """
     writer = Writer(graphs.copy(graph), plan, quantized)
     for item in list(walk(writer.graph, plan)):
@@ -210,9 +210,11 @@ def write(
                 writer.activation(item)
             else:
                 writer.stored(item, storage_of[item.grid.bits] if item.role == "weight" else "int8")
-    model = graphs.to_model(writer.graph, opset=max(graph.opset, 21), ir_version=10, metadata=metadata)
+    if opset < writer.graph.opset:
+        lower_opset(writer.graph, opset)
+    model = graphs.to_model(writer.graph, ir_version=10 if opset >= 21 else 8, metadata=metadata)
     _forget_shapes(model)
-    return model if opset >= 21 else _lowered(model, opset)
+    return model
 
 
 def _forget_shapes(model: onnx.ModelProto) -> None:
@@ -229,18 +231,3 @@ def _forget_shapes(model: onnx.ModelProto) -> None:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.dim_param and dim.dim_param not in known:
                 dim.dim_param = f"{value.name}_{axis}"
-
-
-def _lowered(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """The same model for an older opset, IR version 8."""
-    if any(tensor.data_type in SUB_BYTE for tensor in model.graph.initializer):
-        raise ModelError(f"4-bit tensors need opset 21, not {opset}; ask for storage 'int8' or 'lut'")
-    try:
-        lowered = onnx.version_converter.convert_version(model, opset)
-    except (RuntimeError, onnx.version_converter.ConvertError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"the model cannot be written for opset {opset} ({reason}); use the default, 21") from error
-    lowered.ir_version = 8
-    del lowered.metadata_props[:]
-    lowered.metadata_props.extend(model.metadata_props)
-    return lowered

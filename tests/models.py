@@ -13,7 +13,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import torch
-from onnx import TensorProto, helper, numpy_helper, parser
+from onnx import numpy_helper, parser
 
 from onnx_eptq import graph as og
 from onnx_eptq.calibrate import Stats, calibrate, fit_biases, observe
@@ -461,6 +461,3 @@ def producer(proto: onnx.ModelProto, value: str) -> onnx.NodeProto:
 
 def node_named(proto: onnx.ModelProto, name: str) -> onnx.NodeProto:
     return next(node for node in proto.graph.node if node.name == name)
-
-
-__all__ = ["TensorProto", "helper"]

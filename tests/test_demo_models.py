@@ -69,8 +69,8 @@ def rounded(model, bits):
     return result
 
 
-@pytest.mark.parametrize(("bits", "low", "high"), [(8, 0.97, 1.0), (4, 0.5, 0.93)])
-def test_plain_rounding_hurts_at_four_bits_only(model, held_out, bits, low, high):
+@pytest.mark.parametrize(("bits", "low", "high"), [(8, 0.97, 1.0), (2, 0.1, 0.6)])
+def test_plain_rounding_hurts_at_two_bits_only(model, held_out, bits, low, high):
     session = onnxruntime.InferenceSession(rounded(model, bits).SerializeToString(), providers=["CPUExecutionProvider"])
     logits = session.run(None, {"image": held_out[0]})[0]
     assert low <= (logits.argmax(1) == held_out[1]).mean() <= high
@@ -96,6 +96,6 @@ def test_the_calibration_folder_needs_no_options(held_out):
 
 def test_the_files_stay_small():
     sizes = {path.name: path.stat().st_size for path in MODELS.iterdir() if path.is_file()}
-    assert sizes["digits.onnx"] < 100_000
+    assert sizes["digits.onnx"] < 250_000
     assert sizes["digits_eval.npz"] < 300_000
     assert sum(path.stat().st_size for path in CALIB.iterdir()) < 200_000

@@ -84,10 +84,18 @@ class File:
             if node.op_type not in LINEAR or node.domain not in ("", "ai.onnx"):
                 continue
             for value in node.input[:2]:
-                dims, parts = self._dims(value), self.parts(value)
-                if parts and len(dims) >= 2 and all(dims):
+                parts = self.parts(value)
+                dims = parts and self._weight_dims(value, parts)
+                if parts and dims and len(dims) >= 2:
                     found[value] = Weight(math.prod(dims), sum(map(stored_bytes, parts.values())))
         return found
+
+    def _weight_dims(self, value: str, parts: dict[str, onnx.TensorProto]) -> list[int]:
+        dims = self._dims(value)
+        if all(dims) and dims:
+            return dims
+        # Shape inference does not know vendor operators; a weight in one piece has the shape of that piece.
+        return list(next(iter(parts.values())).dims) if len(parts) == 1 else []
 
     def scales(self) -> int:
         """Elements of all scales, each tensor once."""

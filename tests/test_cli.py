@@ -1,0 +1,173 @@
+"""The command line in a subprocess: what it prints, what it writes, its exit codes, one sentence per mistake."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+DIGITS, CALIB = ROOT / "models" / "digits.onnx", ROOT / "models" / "digits_calib"
+Run = subprocess.CompletedProcess[str]
+
+
+def cli(*arguments: object, cwd: Path | None = None) -> Run:
+    command = [sys.executable, "-m", "onnx_eptq.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=300)
+
+
+def test_quantizes_and_reports(tmp_path: Path) -> None:
+    output, plan, config = tmp_path / "q.onnx", tmp_path / "plan.json", tmp_path / "run.yaml"
+    run = cli(
+        DIGITS, CALIB, "-o", output, "-w", 4, "-a", 8, "--plan-out", plan, "--save-config", config, "--threads", 1
+    )
+    assert run.returncode == 0, run.stderr
+    onnx.checker.check_model(output, full_check=True)
+    lines = run.stdout.splitlines()
+    assert len(lines) + len(run.stderr.splitlines()) <= 40
+    for word in ("coverage", "data", "time", "size", "parity", "fidelity", "written"):
+        assert any(line.startswith(word) for line in lines), word
+    assert re.search(r"coverage +(\d+) of \1 layers \(\1 x 4 bit\)", run.stdout)
+    phases = [line.split()[0] for line in run.stderr.splitlines()]
+    assert phases == ["prepare", "calibrate", "weights", "verify", "compare"]
+    assert json.loads(plan.read_text())["points"]
+    assert yaml.safe_load(config.read_text())["weight_bits"] == 4
+
+    again = tmp_path / "again.onnx"
+    run = cli(DIGITS, CALIB, "-o", again, "--config", config, "--plan-in", plan, "--json", "-q")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert again.read_bytes() == output.read_bytes()
+
+
+def test_json_report(tmp_path: Path) -> None:
+    run = cli(DIGITS, CALIB, "-o", tmp_path / "q.onnx", "--json", "--num-samples", 32)
+    report = json.loads(run.stdout)
+    assert report["coverage"]["quantized_layers"] == report["coverage"]["layers"]
+    assert report["parity"]["basic_equals_off"] is True
+    assert report["samples"] == 32
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    run = cli(DIGITS, CALIB, "-o", tmp_path / "q.onnx", "--dry-run", "-w", 4)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^estimate +\d+ s, \d+ MB", run.stdout, re.MULTILINE)
+    assert re.search(r"^weight +int4", run.stdout, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_default_output_lies_beside_the_model(tmp_path: Path) -> None:
+    (tmp_path / "net.onnx").write_bytes(DIGITS.read_bytes())
+    assert cli("net.onnx", CALIB, "-w", 4, "-q", "--num-samples", 16, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "net_int4.onnx").exists()
+
+
+def test_strict_and_kept_layers(tmp_path: Path) -> None:
+    run = cli(DIGITS, CALIB, "-o", tmp_path / "q.onnx", "--keep-float", "Gemm", "--strict")
+    assert run.returncode == 7
+    assert "kept float as asked" in run.stderr
+    run = cli(DIGITS, CALIB, "-o", tmp_path / "q.onnx", "--keep-float", "Gemm", "--num-samples", 16)
+    assert run.returncode == 0
+    assert re.search(r"float +.*: kept float as asked", run.stdout)
+
+
+def test_version_and_help_answer_without_torch() -> None:
+    assert cli("--version").stdout.startswith("onnx-eptq ")
+    text = cli("--help").stdout
+    assert "Exit codes" in text
+    code = "import sys, onnx_eptq.cli; sys.exit('torch' in sys.modules or 'onnxruntime' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def _truncated(folder: Path) -> tuple[object, ...]:
+    (folder / "t.onnx").write_bytes(DIGITS.read_bytes()[:9000])
+    return folder / "t.onnx", CALIB
+
+
+def _text(folder: Path) -> tuple[object, ...]:
+    (folder / "t.onnx").write_text("this is no model")
+    return folder / "t.onnx", CALIB
+
+
+def _no_weights(folder: Path) -> tuple[object, ...]:
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N,1,4,4] x) => (float[N,1,4,4] y) {y = Relu(x)}'
+    )
+    onnx.save(model, folder / "t.onnx")
+    return folder / "t.onnx", CALIB
+
+
+def _empty_folder(folder: Path) -> tuple[object, ...]:
+    (folder / "empty").mkdir()
+    return DIGITS, folder / "empty"
+
+
+def _wrong_shape(folder: Path) -> tuple[object, ...]:
+    np.save(folder / "x.npy", np.zeros((8, 3, 16, 16), np.float32))
+    return DIGITS, folder / "x.npy"
+
+
+def _wrong_dtype(folder: Path) -> tuple[object, ...]:
+    np.save(folder / "x.npy", np.full((8, 1, 16, 16), "a"))
+    return DIGITS, folder / "x.npy"
+
+
+def _wrong_name(folder: Path) -> tuple[object, ...]:
+    np.savez(folder / "x.npz", a=np.zeros((8, 1, 16, 16), np.float32), b=np.zeros(8))
+    return DIGITS, folder / "x.npz"
+
+
+@pytest.mark.parametrize(
+    ("make", "code", "message"),
+    [
+        (lambda folder: (folder / "none.onnx", CALIB), 3, "none.onnx"),
+        (_truncated, 3, "t.onnx"),
+        (_text, 3, "t.onnx"),
+        (_no_weights, 3, "no Conv, ConvTranspose, Gemm or MatMul with constant weights"),
+        (lambda folder: (folder, CALIB), 3, "folder|director"),
+        (lambda folder: (DIGITS, folder / "none"), 4, "none"),
+        (_empty_folder, 4, "empty"),
+        (_wrong_shape, 4, "3"),
+        (_wrong_dtype, 4, "x.npy|dtype|type"),
+        (_wrong_name, 4, "image"),
+        (lambda folder: (DIGITS,), 2, "--random-calibration"),
+        (lambda folder: (DIGITS, CALIB, "--random-calibration"), 2, "exclude each other"),
+        (lambda folder: (DIGITS, CALIB, "-w", 1), 2, "weight_bits"),
+        (lambda folder: (DIGITS, CALIB, "-w", "four"), 2, "--weight-bits"),
+        (lambda folder: (DIGITS, CALIB, "--method", "magic"), 2, "magic"),
+        (lambda folder: (DIGITS, CALIB, "--mean", "a,b"), 2, "--mean"),
+        (lambda folder: (DIGITS, CALIB, "--mean", "1,2,3"), 4, "mean|3|channel"),
+        (lambda folder: (DIGITS, CALIB, "--std", "0"), 2, "std"),
+        (lambda folder: (DIGITS, CALIB, "--crop", "8"), 4, "8"),
+        (lambda folder: (DIGITS, CALIB, "--bits", "conv1"), 2, "PATTERN=BITS"),
+        (lambda folder: (DIGITS, CALIB, "--plan-in", folder / "none"), 2, "cannot read"),
+        (lambda folder: (DIGITS, CALIB, "--config", folder / "none"), 2, "cannot read"),
+        (lambda folder: (DIGITS, CALIB, "--no-such-option"), 2, "no-such-option"),
+        (lambda folder: (DIGITS, CALIB, "-o", folder / "no" / "q.onnx"), 5, "does not exist"),
+        (lambda folder: (DIGITS, CALIB, "-o", DIGITS), 5, "input model itself"),
+        (lambda folder: (DIGITS, CALIB, "-o", folder), 5, "folder"),
+    ],
+)
+def test_one_sentence_and_an_exit_code_per_mistake(tmp_path: Path, make: object, code: int, message: str) -> None:
+    arguments = make(tmp_path)  # type: ignore[operator]
+    if "-o" not in arguments:
+        arguments = (*arguments, "-o", tmp_path / "q.onnx")
+    run = cli(*arguments)
+    assert run.returncode == code, run.stderr
+    assert "Traceback" not in run.stderr
+    assert re.search(message, run.stderr), run.stderr
+    assert not (tmp_path / "q.onnx").exists()
+    if code != 2:
+        (line,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+        assert len(line) < 500
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_folder_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert cli(DIGITS, CALIB, "-o", tmp_path / "q.onnx").returncode == 5

@@ -1,0 +1,307 @@
+"""`quantize` end to end on the demo model: accuracy of the written file, determinism, sources, options, refusals."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+import onnx_eptq
+from onnx_eptq import Config, quantize, verify
+from onnx_eptq.errors import (
+    CoverageError,
+    DataError,
+    ModelError,
+    OutputError,
+    UnsupportedOp,
+    UsageError,
+    VerificationError,
+)
+from onnx_eptq.plan import Plan
+
+MODELS = Path(__file__).parents[1] / "models"
+DIGITS, CALIB = MODELS / "digits.onnx", MODELS / "digits_calib"
+LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def accuracy(path: Path | onnx.ModelProto) -> float:
+    """Top-1 of a file on the held-out digits, by ONNX Runtime at full optimisation, in percent."""
+    held_out = np.load(MODELS / "digits_eval.npz")
+    source = path.SerializeToString() if isinstance(path, onnx.ModelProto) else str(path)
+    session = ort.InferenceSession(source, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"image": held_out["x"]})
+    return float(100 * (logits.argmax(1) == held_out["y"]).mean())
+
+
+@pytest.fixture(scope="module")
+def w4(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, onnx_eptq.Result]:
+    path = tmp_path_factory.mktemp("w4") / "digits_int4.onnx"
+    return path, quantize(DIGITS, CALIB, path, weight_bits=4, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("weight_bits", "act_bits", "points_lost"), [(8, 8, 0.8), (4, 8, 2.0), (3, 8, 12.0), (8, 4, 12.0)]
+)
+def test_accuracy_floor_of_the_written_file(
+    tmp_path: Path, weight_bits: int, act_bits: int, points_lost: float
+) -> None:
+    path = tmp_path / "q.onnx"
+    quantize(DIGITS, CALIB, path, weight_bits=weight_bits, act_bits=act_bits, threads=1)
+    assert accuracy(path) >= accuracy(DIGITS) - points_lost
+
+
+def test_output_error_beats_plain_abs_max_at_low_bits() -> None:
+    best = quantize(DIGITS, CALIB, weight_bits=3, threads=1).report.fidelity
+    plain = quantize(
+        DIGITS, CALIB, weight_bits=3, weight_calibration="absmax", bias_correction=False, threads=1
+    ).report.fidelity
+    assert best is not None
+    assert plain is not None
+    assert best.sqnr_db["logits"] > plain.sqnr_db["logits"] + 3
+
+
+def test_every_layer_is_stored_in_low_bits(w4: tuple[Path, onnx_eptq.Result]) -> None:
+    model = onnx.load(w4[0])
+    producer = {output: node for node in model.graph.node for output in node.output}
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    linear = [node for node in model.graph.node if node.op_type in LINEAR]
+    assert len(linear) == w4[1].report.coverage.layers > 5
+    for node in linear:
+        weight, bias = producer[node.input[1]], producer[node.input[2]]
+        assert (weight.op_type, bias.op_type) == ("DequantizeLinear", "DequantizeLinear")
+        cast = producer[weight.input[0]]
+        assert (cast.op_type, types[cast.input[0]]) == ("Cast", TensorProto.INT4)
+        assert types[bias.input[0]] == TensorProto.INT32
+    assert {opset.domain for opset in model.opset_import} == {""}
+    assert (model.opset_import[0].version, model.ir_version) == (21, 10)
+
+
+def test_report_is_complete_and_true(w4: tuple[Path, onnx_eptq.Result]) -> None:
+    path, result = w4
+    report = result.report
+    assert report.coverage.complete
+    assert report.bytes == path.stat().st_size
+    assert report.float_bytes == DIGITS.stat().st_size
+    assert report.samples == 256
+    assert report.parity is not None
+    assert report.parity.integer_values >= report.coverage.layers - 2
+    assert report.parity.integer_differences == 0
+    assert report.parity.basic_equals_off
+    assert set(report.seconds) >= {"prepare", "calibrate", "weights", "verify", "compare"}
+    assert len(str(report).splitlines()) <= 40
+    assert json.loads(report.to_json())["fidelity"]["samples"] == 256
+    properties = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert properties["onnx_eptq.version"] == onnx_eptq.__version__
+    assert json.loads(properties["onnx_eptq.settings"])["weight_bits"] == 4
+    assert "integer kernels 0/" in properties["onnx_eptq.parity"]
+    assert f"{report.coverage.layers} of {report.coverage.layers} layers" in properties["onnx_eptq.coverage"]
+
+
+def test_same_seed_and_threads_give_identical_bytes(tmp_path: Path, w4: tuple[Path, onnx_eptq.Result]) -> None:
+    again = tmp_path / "again.onnx"
+    quantize(DIGITS, CALIB, again, weight_bits=4, threads=1)
+    assert again.read_bytes() == w4[0].read_bytes()
+
+
+def test_path_proto_and_graph_give_the_same_model(w4: tuple[Path, onnx_eptq.Result]) -> None:
+    proto = onnx.load(DIGITS)
+    before = proto.SerializeToString()
+    graph = gs.import_onnx(onnx.load(DIGITS))
+    nodes = len(graph.nodes)
+    for model in (proto, graph):
+        result = quantize(model, CALIB, weight_bits=4, threads=1)
+        assert [tensor.raw_data for tensor in result.model.graph.initializer] == [
+            tensor.raw_data for tensor in w4[1].model.graph.initializer
+        ]
+    assert proto.SerializeToString() == before
+    assert len(graph.nodes) == nodes
+
+
+def test_iterables_and_readers_are_data(w4: tuple[Path, onnx_eptq.Result]) -> None:
+    x = np.load(MODELS / "digits_eval.npz")["x"][:64]
+
+    def samples() -> Iterator[dict[str, np.ndarray]]:
+        yield from ({"image": sample} for sample in x)
+
+    class Reader:
+        def __init__(self) -> None:
+            self.rows = iter(x)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            row = next(self.rows, None)
+            return None if row is None else {"image": row[None]}
+
+    models = [
+        quantize(DIGITS, source, weight_bits=4, threads=1).model for source in (samples(), Reader(), {"image": x})
+    ]
+    assert models[0].SerializeToString() == models[1].SerializeToString() == models[2].SerializeToString()
+
+
+def test_bit_overrides_and_kept_layers(tmp_path: Path) -> None:
+    plain = quantize(DIGITS, CALIB, weight_bits=4, threads=1, num_samples=32)
+    layers = [v for v, point in plain.plan.items() if point.role == "weight"]
+    result = quantize(
+        DIGITS,
+        CALIB,
+        tmp_path / "q.onnx",
+        weight_bits=4,
+        bits={layers[0]: 8},
+        keep_float=("Gemm",),
+        threads=1,
+        num_samples=32,
+    )
+    coverage = result.report.coverage
+    assert coverage.layers_by_bits == {8: 1, 4: coverage.layers - 2}
+    assert list(coverage.float_layers.values()) == ["kept float as asked"]
+    assert not coverage.complete
+    gemm = next(node for node in onnx.load(tmp_path / "q.onnx").graph.node if node.op_type == "Gemm")
+    names = {tensor.name for tensor in result.model.graph.initializer}
+    assert gemm.input[1] in names
+    with pytest.raises(CoverageError, match=r"1 of \d+ layers would stay float: .*kept float as asked"):
+        quantize(DIGITS, CALIB, keep_float=("Gemm",), strict=True)
+
+
+def test_an_edited_plan_is_used(w4: tuple[Path, onnx_eptq.Result]) -> None:
+    plan = Plan.from_json(w4[1].plan.to_json())
+    assert plan == w4[1].plan
+    same = quantize(DIGITS, CALIB, weight_bits=4, threads=1, plan=plan)
+    assert same.model.graph.initializer == w4[1].model.graph.initializer
+    with pytest.raises(UsageError, match="'nowhere' is no value of this model"):
+        quantize(DIGITS, CALIB, plan=Plan({"nowhere": replace(next(iter(plan.values())), value="nowhere")}))
+    del plan[next(point.scale_from[0] for point in plan.values() if point.scale_from)]
+    with pytest.raises(UsageError, match="which the plan leaves float"):
+        quantize(DIGITS, CALIB, plan=plan)
+
+
+def test_targets_and_storage_compute_the_same(tmp_path: Path, w4: tuple[Path, onnx_eptq.Result]) -> None:
+    x = np.load(MODELS / "digits_eval.npz")["x"][:100]
+
+    def logits(path: Path) -> np.ndarray:
+        return np.asarray(
+            ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"image": x})[0]
+        )
+
+    expected = logits(w4[0])
+    for settings in ({"storage": "int8"}, {"storage": "lut"}, {"opset": 13}, {"target": "onnx"}):
+        path = tmp_path / f"{'_'.join(map(str, settings.values()))}.onnx"
+        quantize(DIGITS, CALIB, path, weight_bits=4, threads=1, **settings)  # type: ignore[arg-type]
+        if "target" in settings:  # float kernels: they round elsewhere
+            assert (logits(path).argmax(1) == expected.argmax(1)).mean() >= 0.97
+        else:
+            np.testing.assert_array_equal(logits(path), expected)
+    lowered = onnx.load(tmp_path / "13.onnx")
+    assert (lowered.opset_import[0].version, lowered.ir_version) == (13, 8)
+
+
+def test_failed_verification_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "q.onnx"
+    path.write_text("what was here before")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise VerificationError("planted")
+
+    monkeypatch.setattr(verify, "check_parity", fail)
+    with pytest.raises(VerificationError):
+        quantize(DIGITS, CALIB, path, threads=1)
+    assert path.read_text() == "what was here before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _with_node(op: str, domain: str = "") -> onnx.ModelProto:
+    weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["h"], name="linear"),
+            helper.make_node(op, ["h"], ["y"], "odd", domain=domain),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [weight],
+    )
+    opsets = [helper.make_opsetid("", 17), *([helper.make_opsetid(domain, 1)] if domain else [])]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def _half() -> onnx.ModelProto:
+    weight = numpy_helper.from_array(np.eye(4, dtype=np.float16), "w")
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["N", 4]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", ends[:1], ends[1:], [weight])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_models_that_cannot_be_quantized_are_refused() -> None:
+    x = np.zeros((8, 4), np.float32)
+    with pytest.raises(UnsupportedOp, match=r"1 node\(s\) cannot be simulated: 'odd' my.domain.Odd"):
+        quantize(_with_node("Odd", "my.domain"), x)
+    with pytest.raises(ModelError, match="float16"):
+        quantize(_half(), x.astype(np.float16))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_bits": 9}, "weight_bits: input should be less than or equal to 8, found 9"),
+        ({"weight_bit": 4}, "no setting 'weight_bit'"),
+        ({"method": "magic"}, "method: .*rtn.*, found 'magic'"),
+        ({"target": "toaster"}, "no target 'toaster'; known: onnxruntime, onnx"),
+        ({"preset": "sepia"}, "no preset 'sepia'; known: .*imagenet"),
+        ({"opset": 13, "weight_bits": 4, "storage": "cast"}, "storage 'cast' .* need opset 21, not 13"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used"),
+        ({"bits": {"conv9999": 4}}, "'conv9999' matches no layer"),
+        ({"keep_float": ("nothing",)}, "'nothing' matches no layer"),
+    ],
+)
+def test_settings_are_checked_first(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        quantize(DIGITS, CALIB, **settings)  # type: ignore[arg-type]
+
+
+def test_outputs_are_checked_first(tmp_path: Path) -> None:
+    copy = tmp_path / "copy.onnx"
+    copy.write_bytes(DIGITS.read_bytes())
+    for output, message in (
+        (copy, "is the input model itself"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "no" / "such.onnx", "folder .* does not exist"),
+    ):
+        with pytest.raises(OutputError, match=message):
+            quantize(copy, CALIB, output)
+    with pytest.raises(DataError):
+        quantize(copy, tmp_path / "nowhere", tmp_path / "q.onnx")
+    assert copy.read_bytes() == DIGITS.read_bytes()
+
+
+def test_config_round_trip(tmp_path: Path) -> None:
+    config = Config.make(weight_bits=4, mean=(0.5,), bits={"a*": 8}, keep_float=("Gemm",))
+    config.save(tmp_path / "c.yaml")
+    assert Config.load(tmp_path / "c.yaml") == config
+    assert Config.load(tmp_path / "c.yaml", weight_bits=8).weight_bits == 8
+    for text, message in (
+        ("- a", "holds a list"),
+        ("weigth_bits: 4", "no setting 'weigth_bits'"),
+        ("a: [", "cannot read"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(UsageError, match=message):
+            Config.load(tmp_path / "bad.yaml")
+    with pytest.raises(UsageError, match="cannot read the config file"):
+        Config.load(tmp_path / "none.yaml")
+
+
+def test_random_data_must_be_asked_for(tmp_path: Path) -> None:
+    result = quantize(DIGITS, None, num_samples=16, threads=1)
+    assert "random" in result.report.data
+    assert any("only 16 calibration samples" in warning for warning in result.report.warnings)

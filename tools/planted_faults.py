@@ -1,0 +1,315 @@
+"""Plant one fault after another in a copy of this checkout and see whether the tests notice.
+
+planted_faults.py [--list] [--only NAME,...] [--whole-suite] [--json FILE]
+
+Exit code 0: every fault was caught; 1: one was missed; 2: the check itself cannot run (a fault's text is gone from its
+file, the tests fail without a fault, ...).
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path("onnx_eptq")
+CAUGHT, MISSED, UNTESTED = "caught", "MISSED", "no tests yet"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """In `file`, `old` (which must occur exactly once) becomes `new`; `tests` names the test modules to run."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+FAULTS = (
+    Fault(
+        "rounding half away from zero",
+        "grid.py",
+        "if x.requires_grad else torch.round(x)",
+        "if x.requires_grad else torch.trunc(x + 0.5 * torch.sign(x))",
+        ("grid",),
+    ),
+    Fault(
+        "bias left float in the file",
+        "write.py",
+        "            else:\n                writer.stored(item",
+        '            elif item.role != "bias":\n                writer.stored(item',
+        ("write", "verify"),
+    ),
+    Fault(
+        "no quantizer behind Add in the plan",
+        "plan.py",
+        "if not is_float(tensor) or self.fused(tensor):",
+        'if not is_float(tensor) or self.fused(tensor) or (tensor.inputs and tensor.inputs[0].op == "Add"):',
+        ("plan",),
+    ),
+    Fault(
+        "no Q/DQ behind Add in the file",
+        "write.py",
+        "        root = point.tied_to or point.value\n",
+        '        if value.inputs and value.inputs[0].op == "Add":\n            return\n'
+        "        root = point.tied_to or point.value\n",
+        ("write", "verify"),
+    ),
+    Fault(
+        "wrong channel axis on Gemm",
+        "ops.py",
+        '0 if attributes.get("transB", 0) else 1',
+        '1 if attributes.get("transB", 0) else 0',
+        ("ops", "plan"),
+    ),
+    Fault(
+        "transposed depthwise weight",
+        "write.py",
+        "        codes = integers.numpy()\n",
+        "        codes = integers.numpy()\n        if codes.ndim == 4 and codes.shape[1] == 1:\n"
+        "            codes = codes.swapaxes(2, 3)\n",
+        ("write", "verify"),
+    ),
+    Fault(
+        "every weight scaled along axis 0 in the file",
+        "write.py",
+        '{"axis": grid.axis}',
+        '{"axis": 0}',
+        ("write", "verify"),
+    ),
+    Fault(
+        "narrow activations not limited in the file",
+        "write.py",
+        "if point.grid.bits < 8:",
+        "if point.grid.bits < 0:",
+        ("write", "verify"),
+    ),
+    Fault(
+        "BatchNormalization folded without its epsilon",
+        "prepare.py",
+        'np.sqrt(variance + node.attrs.get("epsilon", 1e-5))',
+        "np.sqrt(variance)",
+        ("prepare",),
+    ),
+    Fault(
+        "sum folded into a padded Conv behind it",
+        "prepare.py",
+        'in ("NOTSET", "VALID") and not any(linear.attrs.get("pads", []))',
+        'in ("NOTSET", "VALID")',
+        ("prepare",),
+    ),
+    Fault(
+        "padding with another value than zero keeps the grid",
+        "plan.py",
+        ".reshape(-1)[0]) == 0 for fill in fills",
+        ".reshape(-1)[0]) < 1e9 for fill in fills",
+        ("plan",),
+    ),
+    Fault(
+        "input of a Softmax may saturate",
+        "plan.py",
+        "whole = id(tensor) in self.outputs or any(OPS[reader.op].decides for reader in tensor.outputs)",
+        "whole = id(tensor) in self.outputs",
+        ("plan",),
+    ),
+    Fault(
+        "values tied to another are not quantized in the mirror",
+        "mirror.py",
+        "if point.moved:",
+        "if point.tied_to:",
+        ("mirror", "verify"),
+    ),
+    Fault(
+        "bias left float in the mirror",
+        "mirror.py",
+        "return grids.fake_quantize_bias(bias, input_scale * weight_scale, self.point.grid)",
+        "return bias",
+        ("mirror", "verify"),
+    ),
+    Fault(
+        "bias correction of the wrong sign",
+        "calibrate.py",
+        "apply_linear(layer, mean, weight - rounded)",
+        "apply_linear(layer, mean, rounded - weight)",
+        ("calibrate",),
+    ),
+    Fault(
+        "histogram drops every other bin when it grows",
+        "calibrate.py",
+        "self.counts.reshape(half, 2).sum(1)",
+        "self.counts.reshape(half, 2)[:, 0]",
+        ("calibrate",),
+    ),
+    Fault(
+        "large biases overflow int32",
+        "calibrate.py",
+        "MAX_BIAS = 2**30",
+        "MAX_BIAS = 2**40",
+        ("calibrate",),
+    ),
+    Fault(
+        "differing integer layers pass verification",
+        "verify.py",
+        "(ours != values[value]).sum()",
+        "(ours != ours).sum()",
+        ("verify",),
+    ),
+    Fault(
+        "differing values pass verification",
+        "verify.py",
+        "steps = (ours.long() - theirs.long()).abs()",
+        "steps = 0 * (ours.long() - theirs.long()).abs()",
+        ("verify",),
+    ),
+)
+
+
+def copy_checkout(folder: Path) -> Path:
+    """Copy what git tracks, and new files it does not ignore, into `folder`."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():  # deleted files are still listed
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def environment(checkout: Path) -> dict[str, str]:
+    """The environment of the tests: the copy's package, no beds, no stale bytecode."""
+    kept = {key: value for key, value in os.environ.items() if key != "ONNX_EPTQ_BEDS"}
+    return kept | {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def check_import(checkout: Path) -> None:
+    """Refuse to run tests that would import another copy of the package."""
+    command = [sys.executable, "-c", "import onnx_eptq; print(onnx_eptq.__file__)"]
+    found = subprocess.run(command, cwd=checkout, env=environment(checkout), capture_output=True, text=True, check=True)
+    if not Path(found.stdout.strip()).resolve().is_relative_to(checkout.resolve()):
+        refuse([f"tests would import {found.stdout.strip()} instead of the copy in {checkout}"])
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """End with exit code 2, saying why."""
+    print("cannot run:\n  " + "\n  ".join(problems), file=sys.stderr)
+    sys.exit(2)
+
+
+def problems_of(faults: Sequence[Fault]) -> list[str]:
+    """What keeps a fault from being planted: its text must occur exactly once."""
+    found = []
+    for fault in faults:
+        path = ROOT / PACKAGE / fault.file
+        count = path.read_text().count(fault.old) if path.exists() else 0
+        if count != 1:
+            shown = fault.old.strip().splitlines()[0]
+            found.append(f"'{fault.name}': {PACKAGE / fault.file} holds its text {count} times, wanted once: {shown}")
+    return found
+
+
+def test_files(fault: Fault, checkout: Path, whole_suite: bool) -> list[str]:
+    """The test modules to run; those not written yet are left out."""
+    if whole_suite:
+        return ["tests"]
+    return [f"tests/test_{name}.py" for name in fault.tests if (checkout / f"tests/test_{name}.py").exists()]
+
+
+def run_tests(checkout: Path, files: Sequence[str], seconds: float) -> tuple[int | None, str]:
+    """Run pytest up to the first failure; return its exit code (None: it took too long) and what it printed."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not beds"]
+    try:
+        done = subprocess.run(
+            [*command, *files],
+            cwd=checkout,
+            env=environment(checkout),
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return None, ""
+    return done.returncode, done.stdout + done.stderr
+
+
+def verdict(code: int | None, output: str) -> tuple[str, str]:
+    """What a run of the tests says about a fault, and which test said it."""
+    if code is None:
+        return CAUGHT, "the tests did not end"
+    if code == 0:
+        return MISSED, ""
+    named = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", output, re.MULTILINE)
+    return CAUGHT, named[1] if named else f"pytest exit code {code}"
+
+
+def plant(fault: Fault, checkout: Path, options: argparse.Namespace) -> tuple[str, str]:
+    """Run the fault's tests with the fault in place, then restore the file."""
+    files = test_files(fault, checkout, options.whole_suite)
+    if not files:
+        return UNTESTED, ", ".join(f"tests/test_{name}.py" for name in fault.tests)
+    path = checkout / PACKAGE / fault.file
+    sound = path.read_text()
+    path.write_text(sound.replace(fault.old, fault.new))
+    try:
+        return verdict(*run_tests(checkout, files, options.timeout))
+    finally:
+        path.write_text(sound)
+
+
+def check_baseline(faults: Sequence[Fault], checkout: Path, options: argparse.Namespace) -> None:
+    """The tests must pass without a fault, or they would seem to catch every one."""
+    files = sorted({file for fault in faults for file in test_files(fault, checkout, options.whole_suite)})
+    code, output = run_tests(checkout, files, 20 * options.timeout) if files else (0, "")
+    if code:
+        refuse(["the tests fail without any fault", *output.strip().splitlines()[-5:]])
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the faults and end")
+    parser.add_argument("--only", help="names of faults, separated by commas; parts of names will do")
+    parser.add_argument("--whole-suite", action="store_true", help="run all fast tests, not just those named")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for the tests of one fault")
+    parser.add_argument("--json", type=Path, help="write the outcome to this file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    wanted = options.only.split(",") if options.only else [""]
+    faults = [fault for fault in FAULTS if any(part in fault.name for part in wanted)]
+    if options.list:
+        print("\n".join(f"{fault.name}  ({fault.file}; tests: {', '.join(fault.tests)})" for fault in faults))
+        return
+    if not faults:
+        refuse([f"no fault is named like {options.only}"])
+    if problems := problems_of(faults):
+        refuse(problems)
+    outcome = {}
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = copy_checkout(Path(folder))
+        check_import(checkout)
+        check_baseline(faults, checkout, options)
+        for fault in faults:
+            started = time.perf_counter()
+            outcome[fault.name] = plant(fault, checkout, options)
+            said, detail = outcome[fault.name]
+            print(f"{said:<12} {fault.name}  ({time.perf_counter() - started:.0f} s)  {detail}", flush=True)
+    counts = {kind: sum(said == kind for said, _ in outcome.values()) for kind in (CAUGHT, MISSED, UNTESTED)}
+    print(", ".join(f"{count} {kind}" for kind, count in counts.items()))
+    if options.json:
+        options.json.write_text(json.dumps(outcome, indent=1) + "\n")
+    sys.exit(counts[MISSED] > 0)
+
+
+if __name__ == "__main__":
+    main()
