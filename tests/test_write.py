@@ -1,0 +1,290 @@
+"""The written file: valid, standard, and holding exactly the integers and parameters that were exported."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+import models
+from models import MODELS, cached, feeds, initializer, parse, prepared, producer, quantize, run_ort, weights
+from onnx_eptq import graph as og
+from onnx_eptq.errors import ModelError
+from onnx_eptq.plan import Rules
+from onnx_eptq.targets import TARGETS
+from onnx_eptq.write import STORAGE, write
+
+LEVELS = ["DISABLE_ALL", "ENABLE_BASIC", "ENABLE_EXTENDED", "ENABLE_ALL"]
+WIDTHS = {"int8": range(2, 9), "int4": (2, 3, 4), "cast": (2, 3, 4), "lut": (2, 3, 4)}
+SHAPES = {"Gemm": [(1, 1), (3, 1), (1, 5), (3, 3), (2, 4), (5, 7)], "Conv": [(3, 3, 1, 1), (2, 3, 3, 3), (1, 3, 1, 2)]}
+UINT8, INT8, INT4, INT32 = TensorProto.UINT8, TensorProto.INT8, TensorProto.INT4, TensorProto.INT32
+
+
+def with_storage(form):
+    return dict.fromkeys(range(2, 9), form)
+
+
+def rewritten(case, form="int8", **options):
+    return write(case.graph, case.plan, case.quantized, with_storage(form), **options)
+
+
+def dequantizer(proto, value):
+    """The DequantizeLinear node of a planned value."""
+    names = (f"{value}_dq", f"{value}_dequantized")
+    return next(node for node in proto.graph.node if node.name in names and node.op_type == "DequantizeLinear")
+
+
+def codes_of(proto, value, level):
+    """The integers that ONNX Runtime hands to a constant's DequantizeLinear."""
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(proto)
+    node = dequantizer(exposed, value)
+    exposed.graph.node.append(helper.make_node("Cast", [node.input[0]], ["its codes"], to=INT32))
+    (feed,) = feeds(proto, batch=1, count=1)
+    return run_ort(exposed, feed, ["its codes"], level)["its codes"]
+
+
+def one_layer(shape):
+    """A model of one layer whose weight has this shape."""
+    w = weights(30)
+    if len(shape) == 2:
+        return parse(
+            f"(float[N,{shape[1]}] x) => (float[N,{shape[0]}] y) {{ y = Gemm <transB=1> (x, w) }}", w=w(*shape)
+        )
+    return parse(f"(float[N,{shape[1]},4,4] x) => (float y) {{ y = Conv(x, w) }}", w=w(*shape))
+
+
+# ---- storage forms
+
+
+def test_every_storage_form_and_width_is_covered():
+    assert set(WIDTHS) == set(STORAGE)
+    for target in TARGETS.values():
+        for bits, form in target.storage.items():
+            assert bits in WIDTHS[form]
+
+
+@pytest.mark.parametrize("shape", [shape for group in SHAPES.values() for shape in group], ids=str)
+@pytest.mark.parametrize(("form", "bits"), [(form, bits) for form, widths in WIDTHS.items() for bits in widths])
+def test_integers_read_back_by_the_runtime_are_the_exported_ones(form, bits, shape):
+    case = quantize(one_layer(shape), Rules(bits))
+    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    codes = np.random.default_rng(bits).integers(qmin, qmax + 1, shape, np.int32)
+    codes.flat[0] = qmin  # no calibrator makes it, learned roundings may
+    codes.flat[-1] = qmax
+    quantized = {**case.quantized, "w": case.quantized["w"]._replace(integers=torch.from_numpy(codes))}
+    written = write(case.graph, case.plan, quantized, {bits: form})
+    onnx.checker.check_model(written, full_check=True)
+    for level in ("DISABLE_ALL", "ENABLE_ALL"):
+        np.testing.assert_array_equal(codes_of(written, "w", level), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_sub_byte_forms_are_small(bits):
+    sizes = {}
+    case = quantize(one_layer((64, 128)), Rules(bits))
+    for form in STORAGE:
+        sizes[form] = sum(
+            len(t.raw_data) for t in rewritten(case, form).graph.initializer if t.data_type in (UINT8, INT8, INT4)
+        )
+    table = 256 * 8 // bits if bits != 3 else 0
+    assert sizes["int8"] > 64 * 128
+    assert sizes["int4"] <= sizes["cast"] + 64 <= 64 * 128 // 2 + 200
+    assert sizes["lut"] <= 64 * 128 * bits // 8 + table + 200
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("name", ["residual", "depthwise", "gemm", "matmul", "transposed", "two_towers"])
+def test_cast_lut_and_int8_give_the_same_bits_at_every_level(name, bits):
+    case = cached(name, bits)
+    written = {form: rewritten(case, form) for form in ("int8", "cast", "lut")}
+    for level in LEVELS:
+        expected = run_ort(written["int8"], case.batches[0], level=level)
+        for form in ("cast", "lut"):
+            for output, values in run_ort(written[form], case.batches[0], level=level).items():
+                np.testing.assert_array_equal(values, expected[output])
+    off, basic = (run_ort(rewritten(case, "int4"), case.batches[0], level=level) for level in LEVELS[:2])
+    expected = run_ort(written["int8"], case.batches[0])
+    for output, values in off.items():
+        np.testing.assert_array_equal(values, expected[output])
+        np.testing.assert_array_equal(values, basic[output])
+
+
+# ---- the file as a whole
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 8), (3, 5)], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_file_is_valid_standard_onnx_of_opset_21(name, bits):
+    for target in TARGETS.values():
+        case = cached(name, *bits)
+        written = write(case.graph, case.plan, case.quantized, target.storage)
+        onnx.checker.check_model(written, full_check=True)
+        assert [(entry.domain, entry.version) for entry in written.opset_import] == [("", 21)]
+        assert written.ir_version == 10
+        assert {node.domain for node in written.graph.node} == {""}
+        names = [node.name for node in written.graph.node]
+        assert len(set(names)) == len(names)
+        assert not {t.data_type for t in written.graph.initializer} & {
+            TensorProto.INT2,
+            TensorProto.UINT2,
+            TensorProto.UINT4,
+        }
+
+
+@pytest.mark.parametrize("form", ["int8", "lut"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "attention"])
+def test_opset_13_computes_the_same(name, form):
+    case = cached(name, 4)
+    old = rewritten(case, form, opset=13, metadata={"who": "we"})
+    onnx.checker.check_model(old, full_check=True)
+    assert [(entry.domain, entry.version) for entry in old.opset_import] == [("", 13)]
+    assert old.ir_version == 8
+    assert {entry.key: entry.value for entry in old.metadata_props} == {"who": "we"}
+    expected = run_ort(rewritten(case, form), case.batches[0])
+    for output, values in run_ort(old, case.batches[0]).items():
+        np.testing.assert_array_equal(values, expected[output])
+
+
+@pytest.mark.parametrize("form", ["int4", "cast"])
+def test_four_bit_types_need_opset_21(form):
+    with pytest.raises(ModelError, match="13"):
+        rewritten(cached("gemm", 4), form, opset=13)
+
+
+def test_an_operator_that_opset_13_lacks_is_named():
+    with pytest.raises(ModelError, match="LayerNormalization"):
+        rewritten(cached("attention"), opset=13)
+
+
+def test_outputs_and_inputs_keep_names_types_and_shapes(case):
+    for kind in ("input", "output"):
+        before, after = getattr(case.proto.graph, kind), getattr(case.written.graph, kind)
+        assert [value.name for value in after] == [value.name for value in before]
+        for old, new in zip(before, after, strict=True):
+            assert new.type.tensor_type.elem_type == old.type.tensor_type.elem_type
+            assert new.type.tensor_type.shape == old.type.tensor_type.shape
+    for level in ("DISABLE_ALL", "ENABLE_ALL"):
+        found, expected = (run_ort(proto, case.batches[0], level=level) for proto in (case.written, case.proto))
+        assert {name: values.shape for name, values in found.items()} == {n: v.shape for n, v in expected.items()}
+
+
+def test_scales_and_zero_points_are_the_exported_ones_bit_for_bit(case):
+    for value, point in case.plan.items():
+        node = dequantizer(case.written, value)
+        qparams = case.quantized[point.tied_to or value].qparams
+        scale = numpy_helper.to_array(initializer(case.written, node.input[1]))
+        assert scale.dtype == np.float32
+        np.testing.assert_array_equal(scale, qparams.scale.numpy())
+        axis = [a.i for a in node.attribute if a.name == "axis"]
+        assert axis == ([] if point.grid.axis is None else [point.grid.axis])
+        if point.role == "bias":
+            assert len(node.input) == 2  # zero by definition
+            assert initializer(case.written, node.input[0]).data_type == INT32
+        else:
+            zero_point = numpy_helper.to_array(initializer(case.written, node.input[2]))
+            np.testing.assert_array_equal(zero_point, qparams.zero_point.numpy())
+            assert zero_point.dtype == (np.int8 if point.role == "weight" else np.uint8)
+
+
+def test_constants_hold_the_exported_integers(case):
+    for value, (codes, _, _) in case.quantized.items():
+        if codes is not None:
+            np.testing.assert_array_equal(codes_of(case.written, value, "DISABLE_ALL"), codes.numpy())
+
+
+def test_zero_points_are_explicit(case):
+    for node in case.written.graph.node:
+        if node.op_type == "QuantizeLinear":
+            assert len(node.input) == 3
+        if node.op_type == "DequantizeLinear" and len(node.input) == 2:
+            assert initializer(case.written, node.input[0]).data_type == INT32
+
+
+def test_nothing_but_quantizers_is_added(case):
+    before = Counter(node.op for node in case.graph.nodes)
+    after = Counter(node.op_type for node in case.written.graph.node)
+    activations = [point for point in case.plan.values() if point.role == "activation"]
+    added = {"QuantizeLinear": len(activations), "DequantizeLinear": len(case.plan)}
+    assert after == before + Counter(added)
+    floats = {layer.weight.name for layer in case.layers} & {t.name for t in case.written.graph.initializer}
+    assert not floats  # no float weight is left in the file
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_narrow_activations_are_limited_by_an_integer_minimum(bits):
+    """QuantizeLinear to uint8 -> Min(2**bits - 1) -> DequantizeLinear: four-bit types would not load, or run float."""
+    case = cached("residual", 8, bits)
+    qmax = 2**bits - 1
+    for value, point in case.plan.items():
+        if point.role != "activation":
+            continue
+        node = producer(case.written, dequantizer(case.written, value).input[0])
+        assert node.op_type == "Min"
+        limit = numpy_helper.to_array(initializer(case.written, node.input[1]))
+        assert (limit.dtype, int(limit)) == (np.uint8, qmax)
+        assert producer(case.written, node.input[0]).op_type == "QuantizeLinear"
+        zero_point = initializer(case.written, producer(case.written, node.input[0]).input[2])
+        assert zero_point.data_type == UINT8
+    value = "logits"
+    codes = run_ort(case.written, case.batches[0], [dequantizer(case.written, value).input[0]])
+    (codes,) = codes.values()
+    assert codes.dtype == np.uint8
+    assert codes.max() <= qmax
+    unlimited = run_ort(case.written, case.batches[0], [f"{value}_unquantized"])[f"{value}_unquantized"]
+    scale, zero_point = (tensor.numpy() for tensor in case.quantized[value].qparams)
+    np.testing.assert_array_equal(codes, np.clip(np.round(unlimited / scale) + zero_point, 0, qmax))
+
+
+def test_eight_bit_activations_have_no_minimum(case):
+    assert "Min" not in {node.op_type for node in case.written.graph.node}
+
+
+def test_metadata_is_kept_and_added_to():
+    proto = models.residual()
+    helper.set_model_props(proto, {"labels": "a,b,c", "who": "they"})
+    proto.doc_string, proto.graph.node[0].doc_string = "what it is", "the stem"
+    case = quantize(proto, metadata={"who": "we", "onnx_eptq": "1"})
+    found = {entry.key: entry.value for entry in case.written.metadata_props}
+    assert found == {"labels": "a,b,c", "who": "we", "onnx_eptq": "1"}
+    assert case.written.doc_string == "what it is"
+    assert [node.doc_string for node in case.written.graph.node if node.op_type == "Conv"][0] == "the stem"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same_input_same_bytes(name):
+    case = cached(name, 4)
+    again = quantize(MODELS[name](), Rules(4, 8))
+    assert again.written.SerializeToString() == case.written.SerializeToString()
+
+
+def test_writing_changes_nothing_it_is_given():
+    proto = models.concat()
+    graph = prepared(proto)
+    before = og.to_model(graph).SerializeToString()
+    case = cached("concat", 4)
+    integers = {value: q.integers.clone() for value, q in case.quantized.items() if q.integers is not None}
+    write(graph, case.plan, case.quantized, models.ORT_TARGET.storage)
+    assert og.to_model(graph).SerializeToString() == before
+    for value, codes in integers.items():
+        assert torch.equal(case.quantized[value].integers, codes)
+
+
+def test_an_empty_plan_writes_the_float_model():
+    proto = models.residual()
+    written = write(prepared(proto), {}, {}, {})
+    (feed,) = feeds(proto, count=1)
+    for output, values in run_ort(written, feed).items():
+        np.testing.assert_allclose(values, run_ort(proto, feed)[output], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_operators_of_the_file_are_the_golden_ones(name, golden):
+    lines = []
+    for target in TARGETS.values():
+        case = cached(name, 4)
+        written = write(case.graph, case.plan, case.quantized, target.storage)
+        lines += [target.name] + [f"  {node.op_type:<20} {' '.join(node.output)}" for node in written.graph.node]
+    golden(f"{name}.ops.txt", "\n".join(lines) + "\n")
