@@ -15,7 +15,7 @@ from torch import Tensor
 from onnx_eptq.grid import MIN_SCALE, Grid, QParams, affine_qparams, fake_quantize, symmetric_qparams
 from onnx_eptq.mirror import Mirror, Probe
 from onnx_eptq.ops import OPS
-from onnx_eptq.plan import Layer, Limits, Plan, is_constant
+from onnx_eptq.plan import Layer, Limits, Plan, is_constant, role_of
 
 log = logging.getLogger(__name__)
 
@@ -301,7 +301,14 @@ def views(graph: gs.Graph) -> dict[str, View]:
             float(np.asarray(tensor.values).reshape(-1)[0]) for tensor in parameters if np.size(tensor.values) == 1
         ]
         if len(numbers) == len(parameters):
-            found[node.inputs[0].name] = partial(_view, OPS[node.op].function, numbers, dict(node.attrs))
+            value = node.inputs[0]
+            view = partial(_view, OPS[node.op].function, numbers, dict(node.attrs))
+            found[value.name] = view
+            while (
+                value.inputs and role_of(value.inputs[0]) == "same_grid" and len(value.inputs[0].inputs[0].outputs) == 1
+            ):
+                value = value.inputs[0].inputs[0]  # a Reshape in between moves elements, no more
+                found[value.name] = view
     return found
 
 

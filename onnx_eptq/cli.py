@@ -45,7 +45,9 @@ def quantize(
         Path | None, option(RUN, "The file to write; MODEL with _int4, _int8, ... added by default", "-o", "--output")
     ] = None,
     weight_bits: Annotated[int | None, option(QUANT, "Bits per weight, 2 to 8 [8]", "-w", "--weight-bits")] = None,
-    act_bits: Annotated[int | None, option(QUANT, "Bits per activation, 2 to 8 [8]", "-a", "--act-bits")] = None,
+    act_bits: Annotated[
+        int | None, option(QUANT, "Bits per activation, 2 to 8; inputs and outputs keep 8 [8]", "-a", "--act-bits")
+    ] = None,
     method: Annotated[str | None, option(QUANT, "How weights are rounded: rtn, to the nearest integer [rtn]")] = None,
     target: Annotated[
         str | None,

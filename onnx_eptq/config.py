@@ -18,7 +18,7 @@ class Config(BaseModel):
 
     method: Literal["rtn"] = Field("rtn", description="How weights are rounded: rtn (to the nearest integer)")
     weight_bits: int = Field(8, ge=2, le=8, description="Bits per weight, 2 to 8")
-    act_bits: int = Field(8, ge=2, le=8, description="Bits per activation, 2 to 8")
+    act_bits: int = Field(8, ge=2, le=8, description="Bits per activation, 2 to 8; inputs and outputs: 8")
     target: str = Field("onnxruntime", description="What the file is for: onnxruntime, or onnx (portable)")
     storage: Literal["int8", "int4", "cast", "lut"] | None = Field(
         None, description="How weights of 4 bits and less are stored; the target's own choice by default"

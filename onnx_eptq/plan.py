@@ -23,6 +23,7 @@ from onnx_eptq.targets import Target
 PointRole = Literal["activation", "weight", "bias", "constant"]
 Limits = tuple[float | None, float | None]
 CONSTANT_BITS = 8  # operands such as positional embeddings; narrower ones cost accuracy and save nothing
+EDGE_BITS = 8  # the network's inputs and outputs: sensors and readers speak 8 bits
 BIAS_BITS = 32
 
 
@@ -328,7 +329,8 @@ class _Planner:
             self.plan[tied] = replace(self.plan[tied], whole_range=whole or self.plan[tied].whole_range)
             point = replace(self.plan[tied], value=tensor.name, tied_to=tied, moved=True)
         else:
-            bits = self.bits(self.rules.act_bits, tensor.name)
+            edge = producer is None or id(tensor) in self.outputs
+            bits = self.bits(max(EDGE_BITS, self.rules.act_bits) if edge else self.rules.act_bits, tensor.name)
             point = QuantPoint(
                 tensor.name, Grid(bits, False), "activation", limits=_limits(producer), whole_range=whole
             )
@@ -451,7 +453,7 @@ def make_plan(graph: gs.Graph, target: Target, rules: Rules | None = None) -> Pl
 
     Quantized: the network's inputs and outputs, all weights (per output channel, symmetric), biases (int32), and every
     activation, except between a linear or arithmetic operator and its Relu/Clip, and between operators that need float.
-    Values that only move data share the grid of what they move.
+    Values that only move data share the grid of what they move. The network's inputs and outputs have at least 8 bits.
 
     Raises:
         UnsupportedOp: a node's operator is not in `OPS`.

@@ -132,12 +132,30 @@ def _check_steps(value: str, producer: str, ours: Tensor, theirs: Tensor) -> int
     return count
 
 
-def _check_float(parity: Parity, student: Mirror, plan: Plan, batch: Batch, theirs: Mapping[str, Tensor]) -> None:
-    """Every planned value against the runtime's, each computed from the runtime's own values before it."""
+def _producers(student: Mirror) -> dict[str, str]:
+    """For every value the quoted name of the ONNX node that computes it, or its own where it is a network input."""
     sources = {
         n.meta["value"]: n.args[0] if n.op == "call_module" else n for n in student.graph.nodes if "value" in n.meta
     }
-    producer = {value: f"'{source.meta.get('onnx', source.name)}'" for value, source in sources.items()}
+    return {value: f"'{source.meta.get('onnx', source.name)}'" for value, source in sources.items()}
+
+
+def _check_complete(model: onnx.ModelProto, student: Mirror, plan: Plan, found: Iterable[str]) -> None:
+    """Raise when the file lacks a planned quantizer: an unread value, or a bias in float, differs too little to show."""
+    unread = set(plan) - set(found)
+    missing = [(_producers(student)[v], v) for v, p in plan.items() if p.role == "activation" and v in unread]
+    floats = {tensor.name for tensor in model.graph.initializer} & set(plan)
+    missing += [(f"'{node.name}'", name) for node in model.graph.node for name in node.input if name in floats]
+    for node, value in missing[:1]:
+        raise VerificationError(
+            f"node {node}, value '{value}': the written file does not quantize it; this is a bug, please report it with the "
+            "model"
+        )
+
+
+def _check_float(parity: Parity, student: Mirror, plan: Plan, batch: Batch, theirs: Mapping[str, Tensor]) -> None:
+    """Every planned value against the runtime's, each computed from the runtime's own values before it."""
+    producer = _producers(student)
 
     def see(value: str, x: Tensor) -> Tensor:
         if value not in theirs:
@@ -151,7 +169,9 @@ def _check_float(parity: Parity, student: Mirror, plan: Plan, batch: Batch, thei
         parity.float_elements += x.numel()
         return dequantize(theirs[value].to(x.device), qparams, point.grid)
 
-    Probe(student, see).run(*feed(student, batch))
+    probe = Probe(student, see)
+    probe.extra_traceback = False  # fx would append its own words to the error's
+    probe.run(*feed(student, batch))
 
 
 def _simulate_integers(
@@ -273,6 +293,7 @@ def check_parity(
     """
     parity = Parity()
     names = {value: codes for value, codes in _codes_names(model).items() if value in plan}
+    _check_complete(model, student, plan, names)
     off = session(_exposing(model, sorted(set(names.values()))), "off", threads)
     plain, basic = session(model, "off", threads), session(model, "basic", threads)
     optimized = _Optimized(model, names, threads)

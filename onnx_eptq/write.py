@@ -150,24 +150,23 @@ def _cast(writer: Writer, name: str, codes: np.ndarray, grid: Grid) -> gs.Tensor
 def _lut(writer: Writer, name: str, codes: np.ndarray, grid: Grid) -> gs.Tensor:
     """Packed bytes that a Gather from a table of 256 rows unpacks; runs on every runtime, also at 2 and at true 3 bits."""
     if grid.bits in (2, 4):
-        flat = _unpacked(writer, name, codes, grid.bits, signed=True, dtype=np.int8)
+        flat = _unpacked(writer, name, codes, grid.bits, signed=True)
         return _shaped(writer, f"{name}_quantized", flat, codes.shape)
-    low = _unpacked(writer, f"{name}_low", codes & 3, 2, signed=False, dtype=np.int32)
-    high = _unpacked(writer, f"{name}_high", (codes >> 2) & 1, 1, signed=False, dtype=np.int32, step=-4)
-    planes = [
-        _shaped(writer, f"{name}_{plane}_codes", flat, codes.shape) for plane, flat in (("low", low), ("high", high))
-    ]
+    low = _unpacked(writer, f"{name}_low", codes & 3, 2, signed=False)
+    high = _unpacked(writer, f"{name}_high", (codes >> 2) & 1, 1, signed=False, step=-4)
+    planes = []
+    for plane, flat in (("low", low), ("high", high)):  # runtimes add no int8
+        shaped = _shaped(writer, f"{name}_{plane}_codes", flat, codes.shape)
+        planes.append(writer.node("Cast", f"{name}_{plane}_wide", [shaped], to=DTYPES["int32"].onnx))
     return writer.node("Cast", f"{name}_quantized", [writer.node("Add", f"{name}_sum", planes)], to=DTYPES["int8"].onnx)
 
 
-def _unpacked(
-    writer: Writer, name: str, codes: np.ndarray, bits: int, *, signed: bool, dtype: type, step: int = 1
-) -> gs.Tensor:
-    """Packed bytes -> integers, flat: row b of the table holds the 8 / bits values that byte b stands for, times `step`."""
-    table = graphs.unpack(bytes(range(256)), bits, (256, 8 // bits), signed).astype(dtype) * dtype(step)
+def _unpacked(writer: Writer, name: str, codes: np.ndarray, bits: int, *, signed: bool, step: int = 1) -> gs.Tensor:
+    """Packed bytes -> int8, flat: row b of the table holds the 8 / bits values that byte b stands for, times `step`."""
+    table = graphs.unpack(bytes(range(256)), bits, (256, 8 // bits), signed).astype(np.int8) * np.int8(step)
     packed = writer.constant(f"{name}_packed", np.frombuffer(graphs.pack(codes, bits), np.uint8))
     index = writer.node("Cast", f"{name}_index", [packed], to=DTYPES["int32"].onnx)
-    rows = writer.common(f"table_{bits}bit_{np.dtype(dtype).name}_{step}", table)
+    rows = writer.common(f"table_{bits}bit_{step}", table)
     values = writer.node("Gather", f"{name}_values", [rows, index])
     padding = -codes.size % (8 // bits)
     if not padding:

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -246,6 +247,15 @@ def test_state_survives_a_file(case, tmp_path):
     again.load_state_dict(torch.load(tmp_path / "state.pt"))
     for name, values in outputs(again, case.batches[0]).items():
         assert torch.equal(values, outputs(case.student, case.batches[0])[name])
+
+
+@pytest.mark.xfail(
+    reason="fx traces a module's code anew to unpickle it, and the operators branch on shapes", strict=True
+)
+def test_a_mirror_can_be_pickled():
+    case = cached("gemm")
+    twin = pickle.loads(pickle.dumps(case.student))
+    assert torch.equal(twin.export(case.plan)["w1"].integers, case.quantized["w1"].integers)
 
 
 def test_building_changes_neither_graph_nor_parameters():
