@@ -1,4 +1,7 @@
-"""From data to scales and zero points: `observe` gathers statistics that know nothing of bits, calibrators turn them into parameters."""
+"""From data to scales and zero points: `observe` gathers statistics, calibrators turn them into parameters.
+
+Statistics know nothing of bits, so bits may change after them.
+"""
 
 from __future__ import annotations
 

@@ -167,6 +167,8 @@ def _torch_dtype(to: Any) -> torch.dtype:
 
 
 def _tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
     # graphsurgeon wraps a tensor attribute in a Constant, whose array is its `values`
     return torch.from_numpy(np.array(getattr(value, "values", value)))
 

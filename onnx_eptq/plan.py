@@ -33,8 +33,8 @@ class QuantPoint:
 
     `tied_to` names the value whose parameters it shares; `moved` says that it is on that grid already when it is produced
     (a MaxPool or Reshape of it), so that quantizing changes nothing; `scale_from` (biases) the activation and the weight
-    whose scales' product is its scale; `limits` the bounds that the producing operator guarantees (None: unbounded). `whole_range` says
-    that no element may saturate: the largest ones decide (network outputs, inputs of a Softmax).
+    whose scales' product is its scale; `limits` the bounds that the producing operator guarantees (None: unbounded).
+    `whole_range` says that no element may saturate: the largest ones decide (network outputs, inputs of a Softmax).
     """
 
     value: str

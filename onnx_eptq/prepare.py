@@ -1613,6 +1613,21 @@ def fold_scale(graph: gs.Graph) -> int:
 
 
 @rewrite
+def use_products(graph: gs.Graph) -> int:
+    """Write the division by a constant as a product, which runtimes execute on integers."""
+    changes = 0
+    for node in graph.nodes:
+        divisor = _const(node, 1) if is_op(node, "Div") else None
+        if divisor is not None and divisor.dtype == np.float32 and np.all(np.isfinite(1 / divisor.astype(np.float64))):
+            node.op = "Mul"
+            node.inputs[1] = _new_constant(
+                graph, node.inputs[1].name, (1 / divisor.astype(np.float64)).astype(np.float32)
+            )
+            changes += 1
+    return changes
+
+
+@rewrite
 def fold_bias(graph: gs.Graph) -> int:
     """Fold a sum with a constant per channel into the bias of the linear operator before it."""
     return _fold_into_producer(graph, "Add", "Sub")

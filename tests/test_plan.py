@@ -373,7 +373,9 @@ def test_reasons_are_given():
 def test_default_widths():
     plan = plan_of("residual", Rules(4, 5))
     assert {point.grid.bits for point in plan.values() if point.role == "weight"} == {4}
-    assert {point.grid.bits for point in plan.values() if point.role == "activation"} == {5}
+    narrow = {value for value, point in plan.items() if point.role == "activation" and point.grid.bits == 5}
+    assert {value for value, point in plan.items() if point.role == "activation"} - narrow == {"image", "logits"}
+    assert plan["image"].grid.bits == plan["logits"].grid.bits == 8
     assert {point.grid.bits for point in plan.values() if point.role == "bias"} == {32}
 
 

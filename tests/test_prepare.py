@@ -348,6 +348,8 @@ for line in ("y = Mul(a, s)", "y = Mul(s, a)", "y = Div(a, s)"):
         example("fold_scale", IMAGE + "{ a = Conv(x, w, b)\n " + line + " }", "Conv", s=scale, **CONV)
 example("fold_scale", "(float[N,5,3] x) => (float[N,5,4] y) { a = MatMul(x, w)\n y = Mul(a, s) }", "MatMul",
         w=rand(3, 4), s=rand(4))  # fmt: skip
+for divisor in (one(8), positive(4), np.array([-0.3, 7.0, 1e-3, 255.0], np.float32)):
+    example("use_products", V + "{ a = Relu(x)\n y = Div(a, s) }", "Relu Mul", s=divisor)
 for line in ("y = Add(a, s)", "y = Add(s, a)", "y = Sub(a, s)", "y = Sub(s, a)"):
     example("fold_bias", IMAGE + "{ a = Conv(x, w, b)\n " + line + " }", "Conv", s=rand(1, 4, 1, 1), **CONV)
     example("fold_bias", IMAGE + "{ a = Conv(x, w)\n " + line + " }", "Conv", s=rand(4, 1, 1), w=CONV["w"])

@@ -225,13 +225,16 @@ def test_narrow_activations_are_limited_by_an_integer_minimum(bits):
         if point.role != "activation":
             continue
         node = producer(case.written, dequantizer(case.written, value).input[0])
+        if point.grid.bits == 8:  # the network's input and output
+            assert node.op_type == "QuantizeLinear"
+            continue
         assert node.op_type == "Min"
         limit = numpy_helper.to_array(initializer(case.written, node.input[1]))
         assert (limit.dtype, int(limit)) == (np.uint8, qmax)
         assert producer(case.written, node.input[0]).op_type == "QuantizeLinear"
         zero_point = initializer(case.written, producer(case.written, node.input[0]).input[2])
         assert zero_point.data_type == UINT8
-    value = "logits"
+    value = "e"
     codes = run_ort(case.written, case.batches[0], [dequantizer(case.written, value).input[0]])
     (codes,) = codes.values()
     assert codes.dtype == np.uint8
