@@ -23,6 +23,7 @@ from onnx_eptq.plan import Layer, Limits, Plan, is_constant, role_of
 log = logging.getLogger(__name__)
 
 BINS = 4096
+SLACK = 0.05  # an error this much above the least still counts as least: the optimum is flat, saturation is not
 MAX_BIAS = 2**30  # leaves the other half of int32 to the sum of products it is added to
 
 Batch = Mapping[str, np.ndarray]
@@ -207,7 +208,11 @@ def _histogram_error(histogram: Histogram, scale: Tensor, zero_point: Tensor, gr
 def mse(
     histogram: Histogram, grid: Grid, limits: Limits, view: View = torch.clone, rounds: int = 3, points: int = 12
 ) -> QParams:
-    """The range of least mean squared error behind `view`: a grid search over both ends, refined around the best."""
+    """The range of least mean squared error behind `view`: a grid search over both ends, refined around the best.
+
+    Of the ranges about as good, on the way from there to the whole range, the widest: what saturates is lost for good,
+    while rounding errors average out in the sums that follow.
+    """
     low, high = _bounded(histogram, limits)
     if low == high:
         return affine_qparams(low, high, grid)
@@ -221,7 +226,11 @@ def mse(
         best = int(torch.argmin(_histogram_error(histogram, scale, zero_point, grid, view)))
         best_low, best_high = float(pairs[best, 0]), float(pairs[best, 1])
         reach *= 2.5 / points
-    return affine_qparams(best_low * low, best_high * high, grid)
+    wider = torch.linspace(0, 1, 33, dtype=torch.float64)
+    lows, highs = (best_low + (1 - best_low) * wider) * low, (best_high + (1 - best_high) * wider) * high
+    errors = _histogram_error(histogram, *_affine_candidates(lows, highs, grid), grid, view)
+    last = int(torch.nonzero(errors <= errors[0] * (1 + SLACK)).max())
+    return affine_qparams(float(lows[last]), float(highs[last]), grid)
 
 
 @calibrator("entropy")

@@ -29,7 +29,7 @@ from onnx_eptq.report import Phases, Report, measure_coverage
 from onnx_eptq.targets import TARGETS, Target
 from onnx_eptq.write import write
 
-WEIGHT_SAMPLES = 64  # samples on which weight scales compete
+WEIGHT_SAMPLES = 64  # samples on which weight scales compete; half of it for images of the size below and larger ones
 FIDELITY_SAMPLES = 256
 PARITY_SAMPLES = 8
 IMAGE_ELEMENTS = 3 * 224 * 224  # a sample of this size is run in batches of 32
@@ -211,8 +211,7 @@ def open_batches(graph: gs.Graph, data: Any, config: Config) -> sources.Batches:
     else:
         batches = sources.open_data(data, specs, preset, num_samples=config.num_samples, seed=config.seed, batch_size=1)
     if config.batch_size is None:
-        elements = sum(array.size for array in next(batches.samples()).values())
-        return batches.with_batch_size(max(1, min(32, 32 * IMAGE_ELEMENTS // max(elements, 1))))
+        return batches.with_batch_size(max(1, min(32, 32 * IMAGE_ELEMENTS // sample_elements(batches))))
     return batches.with_batch_size(config.batch_size)
 
 
@@ -230,6 +229,17 @@ def describe_data(job: Job) -> None:
         report.warnings.append(f"only {report.samples} calibration samples; a few hundred give better ranges")
 
 
+def sample_elements(batches: sources.Batches) -> int:
+    """Elements of one sample, all inputs together."""
+    return max(1, sum(array.size for array in next(batches.samples()).values()))
+
+
+def weight_samples(batches: sources.Batches) -> int:
+    """How many samples choose the weight scales."""
+    wanted = WEIGHT_SAMPLES if sample_elements(batches) < IMAGE_ELEMENTS else WEIGHT_SAMPLES // 2
+    return min(wanted, batches.num_samples)
+
+
 def estimate(job: Job) -> dict[str, float]:
     """Seconds and peak memory (MB) that the whole run will take, extrapolated from one batch."""
     teacher = mirror.build(job.graph).to(job.config.device)
@@ -238,7 +248,7 @@ def estimate(job: Job) -> dict[str, float]:
     calibrate.observe(teacher, job.plan, job.layers, [batch])
     spent = time.perf_counter() - start
     rounds = -(-job.batches.num_samples // job.batches.batch_size)
-    weights = (2 + len(calibrate.SHARES)) * min(WEIGHT_SAMPLES, job.batches.num_samples) / job.batches.batch_size
+    weights = (2 + len(calibrate.SHARES)) * weight_samples(job.batches) / job.batches.batch_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     model_mb = job.report.float_bytes / 2**20
     return {"seconds": spent * (rounds + weights + 2) + 1, "peak_mb": peak + 4 * model_mb + 60}
@@ -250,7 +260,7 @@ def calibrated(job: Job, teacher: mirror.Mirror, phases: Phases) -> mirror.Mirro
     rounds = -(-batches.num_samples // batches.batch_size)
     stats = calibrate.observe(teacher, job.plan, job.layers, phases.over("calibrate", batches, rounds))
     qparams = calibrate.calibrate(job.plan, stats, teacher, config.calibration, calibrate.views(job.graph))
-    few = batches.subset(WEIGHT_SAMPLES, config.seed)
+    few = batches.subset(weight_samples(batches), config.seed)
     rounds = -(-few.num_samples // few.batch_size)
     qparams |= calibrate.choose_weight_scales(
         teacher, job.plan, job.layers, phases.over("weights", few, rounds), config.weight_calibration
@@ -268,8 +278,7 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
     quantized = student.export(job.plan)
     written = write(job.graph, job.plan, quantized, job.target.storage, opset=job.config.opset)
     with phases("verify"):
-        elements = sum(array.size for array in next(job.batches.samples()).values())
-        count = max(1, min(PARITY_SAMPLES, PARITY_SAMPLES * IMAGE_ELEMENTS // max(elements, 1)))
+        count = max(1, min(PARITY_SAMPLES, PARITY_SAMPLES * IMAGE_ELEMENTS // sample_elements(job.batches)))
         few = job.batches.subset(count, job.config.seed)
         report.parity = verify.check_parity(written, student, job.plan, job.layers, quantized, few, threads)
     onnx.helper.set_model_props(written, {**_properties(written), **metadata(report)})

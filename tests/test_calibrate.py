@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import MODELS, cached, parse, quantize, run_ort, weights
+from onnx_eptq import calibrate
 from onnx_eptq.calibrate import (
     CALIBRATORS,
     MAX_BIAS,
@@ -237,13 +238,18 @@ def brute_force_error(x, grid, low, high, points=50):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_mse_is_near_the_optimum_of_brute_force(shape, bits):
+def test_mse_is_near_the_optimum_of_brute_force(shape, bits, monkeypatch):
     x = SHAPES[shape](generator(3))[::9]
     grid = Grid(bits, False)
-    qparams = CALIBRATORS["mse"](histogram_of(x), grid, NONE)
-    error = float((fake_quantize(x, qparams, grid).double() - x.double()).square().mean())
     best = brute_force_error(x, grid, min(float(x.min()), 0), max(float(x.max()), 0))
-    assert error <= 1.01 * best
+    spans = []
+    for slack in (calibrate.SLACK, 0.0):
+        monkeypatch.setattr(calibrate, "SLACK", slack)
+        qparams = CALIBRATORS["mse"](histogram_of(x), grid, NONE)
+        error = float((fake_quantize(x, qparams, grid).double() - x.double()).square().mean())
+        assert error <= (1.01 + slack) * best
+        spans.append(float(qparams.scale))
+    assert spans[0] >= spans[1] * (1 - 1e-9)  # what is as good is as wide as it can be
 
 
 def test_mse_weighs_what_the_reader_makes_of_a_value():
