@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import MODELS, cached, parse, quantize, run_ort, weights
-from onnx_eptq import calibrate
+from onnx_eptq import calibrate as calibration
 from onnx_eptq.calibrate import (
     CALIBRATORS,
     MAX_BIAS,
@@ -243,8 +243,8 @@ def test_mse_is_near_the_optimum_of_brute_force(shape, bits, monkeypatch):
     grid = Grid(bits, False)
     best = brute_force_error(x, grid, min(float(x.min()), 0), max(float(x.max()), 0))
     spans = []
-    for slack in (calibrate.SLACK, 0.0):
-        monkeypatch.setattr(calibrate, "SLACK", slack)
+    for slack in (calibration.SLACK, 0.0):
+        monkeypatch.setattr(calibration, "SLACK", slack)
         qparams = CALIBRATORS["mse"](histogram_of(x), grid, NONE)
         error = float((fake_quantize(x, qparams, grid).double() - x.double()).square().mean())
         assert error <= (1.01 + slack) * best
