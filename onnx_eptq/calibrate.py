@@ -18,7 +18,7 @@ from torch import Tensor
 from onnx_eptq.grid import MIN_SCALE, Grid, QParams, affine_qparams, fake_quantize, symmetric_qparams
 from onnx_eptq.mirror import Mirror, Probe
 from onnx_eptq.ops import OPS
-from onnx_eptq.plan import Layer, Limits, Plan, is_constant, role_of
+from onnx_eptq.plan import Layer, Limits, Plan, QuantPoint, is_constant, role_of
 
 log = logging.getLogger(__name__)
 
@@ -352,6 +352,14 @@ def calibrate(
     return qparams
 
 
+def _candidates(method: str, point: QuantPoint) -> list[WeightCalibrator]:
+    """The weight calibrators that compete; from 7 bits on, shares of abs-max win nothing and only cost time."""
+    if method != "output":
+        return [WEIGHT_CALIBRATORS[method]]
+    shares = [partial(_share_of_absmax, share) for share in SHARES] if point.grid.bits < 7 else []
+    return [*WEIGHT_CALIBRATORS.values(), *shares]
+
+
 def apply_linear(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
     """The layer's operator without its bias."""
     function = OPS[layer.node.op].function
@@ -384,11 +392,10 @@ def choose_weight_scales(
     for layer in layers:
         if layer.weight.name in plan:
             users.setdefault(layer.weight.name, []).append(layer)
-    methods = [WEIGHT_CALIBRATORS[method]] if method != "output" else list(WEIGHT_CALIBRATORS.values())
-    if method == "output":
-        methods += [partial(_share_of_absmax, share) for share in SHARES]
     candidates = {
-        name: [calibrate_weight(teacher.constant(name).cpu(), plan[name].grid) for calibrate_weight in methods]
+        name: [
+            candidate(teacher.constant(name).cpu(), plan[name].grid) for candidate in _candidates(method, plan[name])
+        ]
         for name in users
     }
     if all(len(options) == 1 for options in candidates.values()):

@@ -248,7 +248,8 @@ def estimate(job: Job) -> dict[str, float]:
     calibrate.observe(teacher, job.plan, job.layers, [batch])
     spent = time.perf_counter() - start
     rounds = -(-job.batches.num_samples // job.batches.batch_size)
-    weights = (2 + len(calibrate.SHARES)) * weight_samples(job.batches) / job.batches.batch_size
+    candidates = 2 + (len(calibrate.SHARES) if job.config.weight_bits < 7 else 0)
+    weights = candidates * weight_samples(job.batches) / job.batches.batch_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     model_mb = job.report.float_bytes / 2**20
     return {"seconds": spent * (rounds + weights + 2) + 1, "peak_mb": peak + 4 * model_mb + 60}
