@@ -176,7 +176,7 @@ def _check_float(
         point = plan[value]
         qparams = student.qparams_of(point)
         parity.float_differences += _check_steps(
-            value, producer[value], quantize(x, qparams, point.grid), theirs[value]
+            value, producer[value], quantize(x, qparams, point.grid).cpu(), theirs[value]
         )
         parity.float_values += 1
         parity.float_elements += x.numel()
