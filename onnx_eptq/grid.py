@@ -15,6 +15,10 @@ from torch import Tensor
 MIN_SCALE = 2.0**-60  # the product of two scales must still be a normal float32 number
 
 
+def _range(bits: int, signed: bool) -> tuple[int, int]:
+    return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
+
+
 class Dtype(NamedTuple):
     """An ONNX integer type that can hold quantized values."""
 
@@ -26,12 +30,12 @@ class Dtype(NamedTuple):
     @property
     def qmin(self) -> int:
         """Smallest value the type holds."""
-        return -(1 << (self.bits - 1)) if self.signed else 0
+        return _range(self.bits, self.signed)[0]
 
     @property
     def qmax(self) -> int:
         """Largest value the type holds."""
-        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+        return _range(self.bits, self.signed)[1]
 
 
 DTYPES: dict[str, Dtype] = {
@@ -54,12 +58,12 @@ class Grid:
     @property
     def qmin(self) -> int:
         """Smallest integer of the grid."""
-        return -(1 << (self.bits - 1)) if self.signed else 0
+        return _range(self.bits, self.signed)[0]
 
     @property
     def qmax(self) -> int:
         """Largest integer of the grid."""
-        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+        return _range(self.bits, self.signed)[1]
 
     def with_bits(self, bits: int) -> Grid:
         """The same grid at another width."""

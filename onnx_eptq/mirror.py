@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from onnx_eptq import grid as grids
+from onnx_eptq.graph import fresh
 from onnx_eptq.grid import QParams, Quantized
 from onnx_eptq.ops import OPS
 from onnx_eptq.plan import QuantPoint, walk
@@ -124,12 +125,7 @@ def _identifier(name: str, taken: set[str]) -> str:
     """A Python identifier that resembles an ONNX name."""
     stem = re.sub(r"\W", "_", name).strip("_") or "value"
     stem = f"v_{stem}" if stem[0].isdigit() or keyword.iskeyword(stem) or hasattr(nn.Module, stem) else stem
-    candidate, count = stem, 1
-    while candidate in taken:
-        count += 1
-        candidate = f"{stem}_{count}"
-    taken.add(candidate)
-    return candidate
+    return fresh(stem, taken)
 
 
 class _Builder:
