@@ -17,8 +17,8 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor, fx, nn
 
+from onnx_eptq import graph as graphs
 from onnx_eptq import grid as grids
-from onnx_eptq.graph import fresh
 from onnx_eptq.grid import QParams, Quantized
 from onnx_eptq.ops import OPS
 from onnx_eptq.plan import QuantPoint, walk
@@ -125,7 +125,7 @@ def _identifier(name: str, taken: set[str]) -> str:
     """A Python identifier that resembles an ONNX name."""
     stem = re.sub(r"\W", "_", name).strip("_") or "value"
     stem = f"v_{stem}" if stem[0].isdigit() or keyword.iskeyword(stem) or hasattr(nn.Module, stem) else stem
-    return fresh(stem, taken)
+    return graphs.fresh(stem, taken)
 
 
 class _Builder:
@@ -258,6 +258,21 @@ def build(
         qparams: scale and zero point of every planned value that is neither tied nor a bias.
     """
     return _Builder(graph, plan or {}, qparams or {}).build()
+
+
+@torch.no_grad()
+def same_on_batches(fixed: Mirror, free: Mirror, batches: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether `free`, built of a `free_batch` graph, computes of all batches at once what `fixed` computes of each."""
+    together = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    try:
+        found = free(*together)
+    except (RuntimeError, IndexError, ValueError):
+        return False
+    expected = [torch.cat(parts) for parts in zip(*(fixed(*batch) for batch in batches), strict=True)]
+    return all(
+        a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-4 * float(b.abs().max() + 1e-9))
+        for a, b in zip(found, expected, strict=True)
+    )
 
 
 class Probe(fx.Interpreter):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,7 +25,7 @@ from onnx_eptq import graph as graphs
 from onnx_eptq.config import Config
 from onnx_eptq.errors import CoverageError, ModelError, OutputError, UsageError
 from onnx_eptq.plan import Layer, Plan, Rules, check_ops, check_plan, linear_layers, make_plan
-from onnx_eptq.prepare import add_biases, prepare
+from onnx_eptq.prepare import add_biases, free_batch, prepare
 from onnx_eptq.report import Phases, Report, measure_coverage
 from onnx_eptq.targets import TARGETS, Target
 from onnx_eptq.write import write
@@ -32,6 +33,7 @@ from onnx_eptq.write import write
 WEIGHT_SAMPLES = 64  # samples on which weight scales compete; half of it for images of the size below and larger ones
 FIDELITY_SAMPLES = 256
 PARITY_SAMPLES = 8
+GROUP = 16  # samples at a time, where the model itself fixes a smaller batch
 IMAGE_ELEMENTS = 3 * 224 * 224  # a sample of this size is run in batches of 32
 Model: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | gs.Graph
 
@@ -88,8 +90,7 @@ def quantize(
     """
     phases = phases or Phases()
     job = begin(model, data, output, config=config, plan=plan, strict=strict, phases=phases, **settings)
-    teacher = mirror.build(job.graph).to(job.config.device)
-    student = calibrated(job, teacher, phases)
+    student = calibrated(job, phases)
     written = finish(job, student, output, phases)
     job.report.seconds = phases.seconds
     return Result(written, job.plan, job.report)
@@ -211,7 +212,7 @@ def open_batches(graph: gs.Graph, data: Any, config: Config) -> sources.Batches:
     else:
         batches = sources.open_data(data, specs, preset, num_samples=config.num_samples, seed=config.seed, batch_size=1)
     if config.batch_size is None:
-        return batches.with_batch_size(max(1, min(32, 32 * IMAGE_ELEMENTS // sample_elements(batches))))
+        return batches.with_batch_size(batch_size_for(batches))
     return batches.with_batch_size(config.batch_size)
 
 
@@ -232,6 +233,11 @@ def describe_data(job: Job) -> None:
 def sample_elements(batches: sources.Batches) -> int:
     """Elements of one sample, all inputs together."""
     return max(1, sum(array.size for array in next(batches.samples()).values()))
+
+
+def batch_size_for(batches: sources.Batches) -> int:
+    """Samples that are run at a time unless the user or the model says so."""
+    return max(1, min(32, 32 * IMAGE_ELEMENTS // sample_elements(batches)))
 
 
 def weight_samples(batches: sources.Batches) -> int:
@@ -255,16 +261,52 @@ def estimate(job: Job) -> dict[str, float]:
     return {"seconds": spent * (rounds + weights + 2) + 1, "peak_mb": peak + 4 * model_mb + 60}
 
 
-def calibrated(job: Job, teacher: mirror.Mirror, phases: Phases) -> mirror.Mirror:
+@dataclass
+class Feed:
+    """Batches for a mirror, `group` of the model's own at a time."""
+
+    batches: sources.Batches
+    group: int = 1
+
+    def __len__(self) -> int:
+        return -(-self.batches.num_samples // (self.batches.batch_size * self.group))
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yield what the mirror takes in one run."""
+        source = iter(self.batches)
+        while group := list(itertools.islice(source, self.group)):
+            yield (
+                {name: np.concatenate([batch[name] for batch in group]) for name in group[0]} if group[1:] else group[0]
+            )
+
+    def subset(self, count: int, seed: int) -> Feed:
+        """As `Batches.subset`."""
+        return Feed(self.batches.subset(count, seed), self.group)
+
+
+def make_teacher(job: Job) -> tuple[mirror.Mirror, Feed]:
+    """The float mirror and what to feed it; models of a small fixed batch run in larger ones where that changes nothing."""
+    teacher, alone = mirror.build(job.graph).to(job.config.device), Feed(job.batches)
+    group = min(GROUP, batch_size_for(job.batches)) // job.batches.batch_size
+    free = free_batch(job.graph) if group > 1 else None
+    first = [calibrate.feed(teacher, batch) for batch in itertools.islice(job.batches, 3)]
+    if free is None or len(first) < 2:
+        return teacher, alone
+    flexible = mirror.build(free).to(job.config.device)
+    return (
+        (flexible, Feed(job.batches, group)) if mirror.same_on_batches(teacher, flexible, first) else (teacher, alone)
+    )
+
+
+def calibrated(job: Job, phases: Phases) -> mirror.Mirror:
     """The student: ranges from all samples, weight scales by their output error, biases corrected."""
-    config, batches = job.config, job.batches
-    rounds = -(-batches.num_samples // batches.batch_size)
-    stats = calibrate.observe(teacher, job.plan, job.layers, phases.over("calibrate", batches, rounds))
+    config = job.config
+    teacher, batches = make_teacher(job)
+    stats = calibrate.observe(teacher, job.plan, job.layers, phases.over("calibrate", batches, len(batches)))
     qparams = calibrate.calibrate(job.plan, stats, teacher, config.calibration, calibrate.views(job.graph))
-    few = batches.subset(weight_samples(batches), config.seed)
-    rounds = -(-few.num_samples // few.batch_size)
+    few = batches.subset(weight_samples(job.batches), config.seed)
     qparams |= calibrate.choose_weight_scales(
-        teacher, job.plan, job.layers, phases.over("weights", few, rounds), config.weight_calibration
+        teacher, job.plan, job.layers, phases.over("weights", few, len(few)), config.weight_calibration
     )
     student = mirror.build(job.graph, job.plan, qparams).to(config.device)
     if config.bias_correction:

@@ -1765,3 +1765,23 @@ def add_biases(graph: gs.Graph) -> int:
         node.inputs[2:] = [bias]
         added += 1
     return added
+
+
+def free_batch(graph: gs.Graph) -> gs.Graph | None:
+    """Return a copy whose mirror takes any multiple of the batch size that the graph fixes, or None where that is not known.
+
+    Exports with a fixed batch size spell it in the targets of their Reshapes. Whether the copy computes the same is for
+    the caller to try (`mirror.same_on_batches`): other operators may mix the samples.
+    """
+    sizes = {tensor.shape[0] if tensor.shape else None for tensor in graph.inputs}
+    if len(sizes) != 1 or not all(isinstance(size, int) for size in sizes):
+        return None
+    copy = og.copy(graph)
+    for node in copy.nodes:
+        if is_op(node, "Reshape") and isinstance(node.inputs[1], gs.Constant):
+            shape = node.outputs[0].shape
+            if not shape or not all(isinstance(size, int) for size in shape):
+                return None
+            target = np.array([-1, *shape[1:]], np.int64)
+            node.inputs[1] = gs.Constant(f"{node.name}_free_shape", target)
+    return copy

@@ -9,14 +9,14 @@ import onnx
 import pytest
 import torch
 
-from models import MODELS, cached, feeds, parse, prepared, quantize, run_ort, weights
+from models import MODELS, cached, feeds, i64, parse, prepared, quantize, run_ort, weights
 from onnx_eptq import graph as og
 from onnx_eptq import mirror as mirrors
 from onnx_eptq.calibrate import feed
 from onnx_eptq.grid import QParams, dequantize
-from onnx_eptq.mirror import BiasQuantizer, Mirror, Probe, Quantizer, build
+from onnx_eptq.mirror import BiasQuantizer, Mirror, Probe, Quantizer, build, same_on_batches
 from onnx_eptq.plan import Rules
-from onnx_eptq.prepare import prepare
+from onnx_eptq.prepare import free_batch, prepare
 
 TOLERANCE = 1e-5  # of the output's scale: float32 sums in another order
 
@@ -333,3 +333,26 @@ def test_planted_fault_in_the_mirror_is_found(monkeypatch):
         assert_close(
             outputs(teacher, case.batches[0])["features"].numpy(), run_ort(case.proto, case.batches[0])["features"]
         )
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_fixed_batch_is_freed_only_where_samples_stay_apart(mixes):
+    """Reshapes that spell the batch size are freed; a sum over the batch must be noticed."""
+    last = "y = ReduceSum <keepdims=1> (c, zero)" if mixes else "y = Relu(c)"
+    proto = parse(
+        "(float[1,3,4] x) => (float[1,12] y) { a = Reshape(x, flat) b = Gemm(a, w) c = Reshape(b, back) " + last + " }",
+        flat=i64(3, 4),
+        back=i64(1, 12),
+        zero=i64(0),
+        w=weights(3)(4, 4),
+    )
+    graph = og.load(proto)
+    prepare(graph)
+    free = free_batch(graph)
+    assert free is not None
+    batches = [[torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(seed))] for seed in range(3)]
+    assert same_on_batches(build(graph), build(free), batches) is not mixes
+
+
+def test_a_dynamic_batch_needs_no_freeing():
+    assert free_batch(prepared(MODELS["residual"]())) is None
