@@ -6,6 +6,7 @@ Statistics know nothing of bits, so bits may change after them.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,7 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
+from onnx_eptq.errors import DataError
 from onnx_eptq.grid import MIN_SCALE, Grid, QParams, affine_qparams, fake_quantize, symmetric_qparams
 from onnx_eptq.mirror import Mirror, Probe
 from onnx_eptq.ops import OPS
@@ -75,6 +77,11 @@ class Histogram:
         if x.numel() == 0:
             return
         low, high = (float(bound) for bound in torch.aminmax(x))
+        if math.isnan(low):
+            raise DataError("is not a number (NaN)")
+        if math.isinf(low) or math.isinf(high):  # infinities saturate on any grid
+            self.update(x[torch.isfinite(x)])
+            return
         first = self.min > self.max
         self.min, self.max = min(self.min, low), max(self.max, high)
         if first:
@@ -131,7 +138,7 @@ class _Mean:
 def feed(mirror: Mirror, batch: Batch) -> list[Tensor]:
     """The batch as positional tensors on the mirror's device."""
     device = next((parameter.device for parameter in mirror.parameters()), torch.device("cpu"))
-    return [torch.from_numpy(np.ascontiguousarray(batch[name])).to(device) for name in mirror.input_names]
+    return [torch.from_numpy(np.asarray(batch[name], order="C")).to(device) for name in mirror.input_names]
 
 
 @torch.no_grad()
@@ -144,7 +151,12 @@ def observe(teacher: Mirror, plan: Plan, layers: Iterable[Layer], batches: Itera
 
     def see(value: str, x: Tensor) -> Tensor:
         if value in shared:
-            histograms[shared[value]].update(x)
+            try:
+                histograms[shared[value]].update(x)
+            except DataError as error:
+                raise DataError(
+                    f"the value '{value}' {error} on the calibration data; check the data and the model"
+                ) from None
         if value in means and x.ndim:
             means[value].update(x)
         return x

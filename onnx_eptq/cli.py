@@ -129,7 +129,14 @@ def quantize(
         )
     if data is not None and random_calibration:
         raise UsageError(f"--random-calibration and the data {data} exclude each other; give one of them")
-    _run(model, data, output, given, (plan_in, plan_out), config, save_config, dry_run, strict, as_json, quiet)
+    for path in (plan_out, save_config):
+        if path and not path.absolute().parent.is_dir():
+            raise UsageError(f"cannot write {path}: its folder does not exist")
+    try:
+        _run(model, data, output, given, (plan_in, plan_out), config, save_config, dry_run, strict, as_json, quiet)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None
 
 
 def _settings() -> set[str]:
@@ -224,9 +231,6 @@ def main() -> None:
     except EptqError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was written", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -283,6 +283,7 @@ class Probe(fx.Interpreter):
 
     def __init__(self, mirror: Mirror, callback: Callable[[str, Tensor], Tensor]) -> None:
         super().__init__(mirror, garbage_collect_values=True)
+        self.extra_traceback = False  # fx would append its own words to errors meant for users
         self.callback = callback
 
     def run_node(self, n: fx.Node) -> Any:

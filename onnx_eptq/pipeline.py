@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from onnx_eptq import calibrate, mirror, verify
 from onnx_eptq import data as sources
 from onnx_eptq import graph as graphs
 from onnx_eptq.config import Config
-from onnx_eptq.errors import CoverageError, ModelError, OutputError, UsageError
+from onnx_eptq.errors import CoverageError, ModelError, OutputError, UsageError, VerificationError
 from onnx_eptq.plan import Layer, Plan, Rules, check_ops, check_plan, linear_layers, make_plan
 from onnx_eptq.prepare import add_biases, free_batch, prepare
 from onnx_eptq.report import Phases, Report, measure_coverage
@@ -33,6 +34,7 @@ from onnx_eptq.write import write
 WEIGHT_SAMPLES = 64  # samples on which weight scales compete; half of it for images of the size below and larger ones
 FIDELITY_SAMPLES = 256
 PARITY_SAMPLES = 8
+LOW_SQNR = 6.0  # dB; below, outputs differ from the float model's by half their size
 GROUP = 16  # samples at a time, where the model itself fixes a smaller batch
 IMAGE_ELEMENTS = 3 * 224 * 224  # a sample of this size is run in batches of 32
 Model: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | gs.Graph
@@ -121,7 +123,8 @@ def begin(
         source = Path(model) if isinstance(model, str | os.PathLike) else graphs.to_model(graphs.copy(graph))
         check_ops(graph)
         changes = prepare(graph)
-        refuse_half(graph)
+        check_values(graph)
+        check_runtime(source)
         if config.bias_correction:
             add_biases(graph)
         if plan is None:
@@ -150,7 +153,7 @@ def choose_target(config: Config) -> Target:
     target = TARGETS[config.target]
     if config.storage is None:
         storage = {
-            b: "int8" if config.opset < 21 and form in ("int4", "cast") else form for b, form in target.storage.items()
+            b: "lut" if config.opset < 21 and form in ("int4", "cast") else form for b, form in target.storage.items()
         }
     elif config.opset < 21 and config.storage in ("int4", "cast"):
         raise UsageError(f"storage '{config.storage}' holds 4-bit tensors, which need opset 21, not {config.opset}")
@@ -176,19 +179,42 @@ def check_output(output: str | os.PathLike[str], model: Model) -> None:
         raise OutputError(f"the output {path} is a folder; give a file name")
     if not folder.is_dir():
         raise OutputError(f"the output's folder {folder} does not exist; make it first")
-    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            writable = not path.exists() or os.access(path, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
         raise OutputError(f"the output {path} cannot be written; choose another place")
     if isinstance(model, str | os.PathLike) and path.exists() and Path(model).exists() and path.samefile(model):
         raise OutputError(f"the output {path} is the input model itself; choose another name")
 
 
-def refuse_half(graph: gs.Graph) -> None:
-    """Raise ModelError for models in half or double precision, which the simulation does not cover."""
+def check_values(graph: gs.Graph) -> None:
+    """Raise ModelError for what the simulation does not cover: other precisions than float32, weights that are no numbers."""
     for tensor in [*graph.inputs, *graph.tensors().values()]:
         if tensor.dtype is not None and str(tensor.dtype) in ("float16", "float64", "bfloat16"):
             raise ModelError(
                 f"'{tensor.name}' is {tensor.dtype}; the model must be float32 throughout: convert or export it again so"
             )
+        if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32 and np.isnan(tensor.values).any():
+            raise ModelError(f"the constant '{tensor.name}' holds NaN; export the model again from sound weights")
+    for layer in linear_layers(graph):
+        if not np.isfinite(layer.weight.values).all():
+            raise ModelError(
+                f"the weight '{layer.weight.name}' holds infinities; export the model again from sound weights"
+            )
+    for tensor in graph.inputs:
+        if 0 in (tensor.shape or ()):
+            raise ModelError(f"the input '{tensor.name}' has a dimension of size 0; leave it open or give it a size")
+
+
+def check_runtime(source: onnx.ModelProto | Path) -> None:
+    """Raise ModelError when ONNX Runtime cannot load the float model, with which the result is compared."""
+    try:
+        verify.session(source, "basic")
+    except VerificationError as error:
+        raise ModelError(f"the float model does not load: {error}") from error
 
 
 def input_specs(graph: gs.Graph) -> list[sources.InputSpec]:
@@ -325,12 +351,17 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
         few = job.batches.subset(count, job.config.seed)
         report.parity = verify.check_parity(written, student, job.plan, job.layers, quantized, few, threads)
     onnx.helper.set_model_props(written, {**_properties(written), **metadata(report)})
+    with phases("compare"):
+        some = job.batches.subset(FIDELITY_SAMPLES, job.config.seed)
+        report.fidelity = verify.measure_fidelity(job.source, written, some, threads)
+    for name, decibel in report.fidelity.sqnr_db.items():
+        if decibel < LOW_SQNR:
+            report.warnings.append(
+                f"output '{name}' is {decibel} dB from the float model's: expect a loss; try more bits"
+            )
     if output is not None:
         graphs.save(written, output)
     report.bytes = Path(output).stat().st_size if output is not None else written.ByteSize()
-    with phases("compare"):
-        some = job.batches.subset(FIDELITY_SAMPLES, job.config.seed)
-        report.fidelity = verify.measure_fidelity(job.source, written if output is None else output, some, threads)
     return written
 
 

@@ -164,6 +164,10 @@ def role_of(node: gs.Node) -> str:
 def check_ops(graph: gs.Graph) -> None:
     """Raise UnsupportedOp that names every node which cannot be simulated."""
     unknown = [node for node in graph.nodes if node.op not in OPS or node.domain not in (None, "", "ai.onnx")]
+    if any(node.op in ("QuantizeLinear", "QLinearConv") for node in unknown):
+        raise ModelError(
+            "the model is quantized already (it holds QuantizeLinear nodes); give the float model it came from"
+        )
     if unknown:
         names = ", ".join(f"'{node.name}' {node.domain + '.' if node.domain else ''}{node.op}" for node in unknown[:8])
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
@@ -229,6 +233,23 @@ def _matches(patterns: Sequence[str], *names: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
 
 
+def is_mask(values: np.ndarray) -> bool:
+    """Whether an operand pushes elements out of a Softmax: zeros, and negative numbers no score comes near.
+
+    On one grid with such numbers, all real scores would fall on one step.
+    """
+    size = np.abs(values.astype(np.float64))
+    if not values.size or np.isnan(size).any() or size.max() < 1e3 or values.min() >= 0:
+        return False
+    top = size.max()
+    return bool(np.all((size >= 0.5 * top) | (size <= (1e-3 * top if np.isfinite(top) else 1e3))))
+
+
+def _masks(node: gs.Node) -> bool:
+    constants = (tensor for tensor in node.inputs if is_constant(tensor) and is_float(tensor))
+    return OPS[node.op].operands and any(is_mask(np.asarray(tensor.values)) for tensor in constants)
+
+
 def _float_region(graph: gs.Graph, kept: set[int]) -> dict[int, str]:
     """Nodes that run in float, by id, with the reason.
 
@@ -240,6 +261,7 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> dict[int, str]:
     """
     region = {id(node): "kept float as asked" for node in graph.nodes if id(node) in kept}
     region |= {id(n): f"{n.op} needs float" for n in graph.nodes if role_of(n) == "sensitive" and id(n) not in region}
+    region |= {id(n): "applies a mask of huge numbers" for n in graph.nodes if _masks(n) and id(n) not in region}
     growing = {key for key, reason in region.items() if reason != "kept float as asked"}
     outputs = {id(tensor) for tensor in graph.outputs}
     depth: dict[int, int] = {}  # linear operators on the longest way from an input to a node, itself included

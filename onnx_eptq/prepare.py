@@ -1762,7 +1762,9 @@ def add_biases(graph: gs.Graph) -> int:
         axis = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0 if node.attrs.get("transB", 0) else 1}[node.op]
         channels = shape[axis] * (node.attrs.get("group", 1) if node.op == "ConvTranspose" else 1)
         bias = constant(og.fresh(f"{node.inputs[1].name}_bias", taken), np.zeros(channels, np.float32))
-        node.inputs[2:] = [bias]
+        while len(node.inputs) > 2:  # graphsurgeon's lists know no slices
+            node.inputs.pop()
+        node.inputs.append(bias)
         added += 1
     return added
 

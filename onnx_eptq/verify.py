@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,17 +84,23 @@ def session(
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
-        first = str(error).strip().splitlines()[0]
-        raise VerificationError(
-            f"ONNX Runtime {ort.__version__} cannot load the model at level '{level}': {first}"
-        ) from error
+        reason = _reason(error)
+        raise VerificationError(f"ONNX Runtime {RUNTIME} cannot load the model at level '{level}': {reason}") from error
 
 
 def run(of: ort.InferenceSession, batch: Batch, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """Outputs by name."""
     names = list(names) if names is not None else [output.name for output in of.get_outputs()]
-    inputs = {item.name: batch[item.name] for item in of.get_inputs()}
-    return dict(zip(names, of.run(names, inputs), strict=True))
+    inputs = {item.name: np.asarray(batch[item.name]) for item in of.get_inputs()}
+    try:
+        return dict(zip(names, of.run(names, inputs), strict=True))
+    except Exception as error:  # onnxruntime raises a dozen unrelated classes
+        raise VerificationError(f"ONNX Runtime {RUNTIME} cannot run the model: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a runtime's message, without the places in its source code."""
+    return re.sub(r"/\S+\.(?:cc|h):\d+\s*", "", str(error).strip().splitlines()[0])[:400]
 
 
 def _exposing(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
@@ -183,7 +190,6 @@ def _check_float(
         return dequantize(theirs[value].to(x.device), qparams, point.grid)
 
     probe = Probe(student, see)
-    probe.extra_traceback = False  # fx would append its own words to the error's
     probe.run(*feed(student, batch))
 
 

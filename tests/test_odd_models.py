@@ -1,0 +1,161 @@
+"""Legal but unusual models: each is quantized and verified, or refused in one sentence."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from models import f32, i64, parse, weights
+from onnx_eptq import quantize
+from onnx_eptq.errors import DataError, ModelError
+from onnx_eptq.plan import is_mask
+
+ROOT = Path(__file__).parents[1]
+W = weights(5)
+ATTENTION = """(float[N,6,8] x) => (float[N,6,8] y) {
+  q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv) t = Transpose <perm=[0,2,1]> (k)
+  s = MatMul(q, t) m = %s p = Softmax <axis=-1> (m) y = MatMul(p, v) }"""
+
+
+def attention(masked: str, mask: np.ndarray) -> onnx.ModelProto:
+    return parse(ATTENTION % masked, mask=mask, wq=W(8, 8), wk=W(8, 8), wv=W(8, 8), keep=np.tril(np.ones((6, 6), bool)))
+
+
+def causal(value: float) -> np.ndarray:
+    return np.triu(np.full((6, 6), value, np.float32), 1) if np.isfinite(value) else np.where(np.tri(6), 0, value)
+
+
+MODELS = {
+    "conv without bias": parse("(float[N,3,8,8] x) => (float[N,4,6,6] y) { y = Conv(x, w) }", w=W(4, 3, 3, 3)),
+    "conv 1-D without bias": parse("(float[N,3,8] x) => (float[N,4,6] y) { y = Conv(x, w) }", w=W(4, 3, 3)),
+    "conv 3-D without bias": parse(
+        "(float[N,2,5,5,5] x) => (float[N,4,3,3,3] y) { y = Conv(x, w) }", w=W(4, 2, 3, 3, 3)
+    ),
+    "grouped transposed conv": parse(
+        "(float[N,4,5,5] x) => (float[N,6,7,7] y) { y = ConvTranspose <group=2> (x, w) }", w=W(4, 3, 3, 3)
+    ),
+    "gemm without bias": parse("(float[N,4] x) => (float[N,5] y) { y = Gemm(x, w) }", w=W(4, 5)),
+    "gemm with a row of biases": parse("(float[N,4] x) => (float[N,5] y) { y = Gemm(x, w, c) }", w=W(4, 5), c=W(1, 5)),
+    "constant on the left": parse("(float[N,4,3] x) => (float[N,5,3] y) { y = MatMul(w, x) }", w=W(5, 4)),
+    "shared weight": parse(
+        "(float[N,4] x, float[N,4] z) => (float[N,4] y, float[N,4] u) { a = MatMul(x, w) y = Relu(a) u = MatMul(z, w) }",
+        w=W(4, 4),
+    ),
+    "consumed output": parse(
+        "(float[N,4] x) => (float[N,4] a, float[N,4] y) { a = MatMul(x, w) y = Relu(a) }", w=W(4, 4)
+    ),
+    "zero channel, huge bias": parse(
+        "(float[N,3] x) => (float[N,2] y) { y = Gemm <transB=1> (x, w, b) }",
+        w=np.array([[0, 0, 0], [1, -1, 0.5]], np.float32),
+        b=f32(1e6, 0.1),
+    ),
+    "embedding": parse(
+        "(int64[N,3] x) => (float[N,3,4] y) { e = Gather(table, x) y = MatMul(e, w) }", table=W(10, 8), w=W(8, 4)
+    ),
+    "fixed batch": parse(
+        "(float[4,6] x) => (float[4,2] y) { r = Reshape(x, s) h = MatMul(r, w) f = Reshape(h, t) y = MatMul(f, u) }",
+        s=i64(4, 3, 2),
+        t=i64(4, 6),
+        w=W(2, 2),
+        u=W(6, 2),
+    ),
+}
+
+
+def samples(model: onnx.ModelProto, count: int = 32) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    found = {}
+    for value in model.graph.input:
+        shape = [count, *(dim.dim_value for dim in value.type.tensor_type.shape.dim[1:])]
+        whole = value.type.tensor_type.elem_type == onnx.TensorProto.INT64
+        found[value.name] = (
+            generator.integers(0, 10, shape) if whole else generator.normal(size=shape).astype(np.float32)
+        )
+    return found
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", MODELS)
+def test_odd_models_are_quantized_and_verified(name: str, bits: int) -> None:
+    model = MODELS[name]
+    report = quantize(model, samples(model), weight_bits=bits, threads=1).report
+    assert report.coverage.complete
+    assert report.fidelity is not None
+    assert min(report.fidelity.sqnr_db.values()) > (12 if bits == 4 else 28)
+
+
+@pytest.mark.parametrize("value", [-1e4, -1e9, -3.4e38, -np.inf])
+@pytest.mark.parametrize("masked", ["Add(s, mask)", "Where(keep, s, low)"])
+def test_masks_do_not_eat_the_grid_of_the_scores(masked: str, value: float) -> None:
+    model = attention(masked, causal(value).astype(np.float32))
+    if "low" in masked:
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(value), "low"))
+    report = quantize(model, samples(model), weight_bits=8, threads=1).report
+    assert report.coverage.complete
+    assert report.fidelity is not None
+    assert report.fidelity.sqnr_db["y"] > 28
+    assert any("mask" in reason or "between" in reason for reason in report.coverage.float_values.values())
+
+
+def test_what_is_a_mask() -> None:
+    assert is_mask(f32(0, -1e4, 0))
+    assert is_mask(np.float32(-np.inf))
+    assert not is_mask(f32(0.5, -2, 3))
+    assert not is_mask(f32(1e4, 2e4))
+    assert not is_mask(f32(-1e4, 500, 20))
+
+
+def test_values_that_are_no_numbers_are_refused() -> None:
+    model = parse("(float[N,4] x) => (float[N,4] y) { a = MatMul(x, w) l = Log(a) y = MatMul(l, w) }", w=W(4, 4))
+    with pytest.raises(DataError, match=r"'l' is not a number \(NaN\)"):
+        quantize(model, samples(model), threads=1)
+    for bad, message in ((np.nan, "holds NaN"), (np.inf, "holds infinities")):
+        weight = W(4, 4)
+        weight[1, 2] = bad
+        model = parse("(float[N,4] x) => (float[N,4] y) { y = MatMul(x, w) }", w=weight)
+        with pytest.raises(ModelError, match=message):
+            quantize(model, samples(model), threads=1)
+
+
+def test_models_the_runtime_cannot_load_are_refused_before_any_work(tmp_path: Path) -> None:
+    model = MODELS["gemm without bias"]
+    newer = onnx.ModelProto.FromString(model.SerializeToString())
+    newer.ir_version = 99
+    onnx.save(newer, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=r"99|does not load"):
+        quantize(tmp_path / "m.onnx", samples(model))
+    empty = onnx.ModelProto.FromString(model.SerializeToString())
+    empty.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 0
+    with pytest.raises(ModelError, match="size 0"):
+        quantize(empty, samples(model))
+    quantized = quantize(model, samples(model), threads=1).model
+    with pytest.raises(ModelError, match="quantized already"):
+        quantize(quantized, samples(model))
+
+
+def test_a_great_loss_is_warned_about() -> None:
+    model = attention("Add(s, mask)", causal(-2.0))
+    report = quantize(model, samples(model), weight_bits=2, act_bits=2, threads=1).report
+    assert any("dB from the float model's" in warning for warning in report.warnings)
+
+
+def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    model = parse("(float[N,8,32,32] x) => (float[N,8,32,32] y) { y = Conv <pads=[1,1,1,1]> (x, w) }", w=W(8, 8, 3, 3))
+    onnx.save(model, tmp_path / "m.onnx")
+    np.save(tmp_path / "x.npy", np.zeros((8000, 8, 32, 32), np.float16).astype(np.float32))
+    command = [sys.executable, "-m", "onnx_eptq.cli", "m.onnx", "x.npy", "-o", "q.onnx"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("prepare")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; nothing was written" in text
+    assert "Traceback" not in text
+    assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "x.npy"}
