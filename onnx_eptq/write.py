@@ -15,6 +15,7 @@ from onnx_eptq.prepare import lower_opset
 
 Storage = Callable[["Writer", str, np.ndarray, Grid], gs.Tensor]
 STORAGE: dict[str, Storage] = {}
+NAME_LENGTH = 56  # every value gives its name to a dozen others, which in a small model outweigh its weights
 SUB_BYTE = {DTYPES["int4"].onnx, DTYPES["uint4"].onnx}
 
 
@@ -38,8 +39,9 @@ class Writer:
         self.shared: dict[str, gs.Constant] = {}
 
     def name(self, wanted: str) -> str:
-        """A name nothing else has."""
-        return graphs.fresh(wanted, self.taken)
+        """A name nothing else has; long ones, which exporters make of whole paths, keep their end only."""
+        short = wanted if len(wanted) <= NAME_LENGTH else wanted[-NAME_LENGTH:].lstrip("/_.")
+        return graphs.fresh(short, self.taken)
 
     def constant(self, wanted: str, values: np.ndarray) -> gs.Constant:
         """A new initializer."""

@@ -145,14 +145,16 @@ def test_a_great_loss_is_warned_about() -> None:
 
 
 def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
-    model = parse("(float[N,8,32,32] x) => (float[N,8,32,32] y) { y = Conv <pads=[1,1,1,1]> (x, w) }", w=W(8, 8, 3, 3))
+    model = parse(
+        "(float[N,8,32,32] x) => (float[N,64,32,32] y) { y = Conv <pads=[2,2,2,2]> (x, w) }", w=W(64, 8, 5, 5)
+    )
     onnx.save(model, tmp_path / "m.onnx")
-    np.save(tmp_path / "x.npy", np.zeros((8000, 8, 32, 32), np.float16).astype(np.float32))
+    np.save(tmp_path / "x.npy", np.zeros((6000, 8, 32, 32), np.float32))
     command = [sys.executable, "-m", "onnx_eptq.cli", "m.onnx", "x.npy", "-o", "q.onnx"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert process.stderr.readline().startswith("prepare")
-    time.sleep(0.3)
+    time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, text = process.communicate(timeout=60)
     assert process.returncode == 130
