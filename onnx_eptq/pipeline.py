@@ -138,6 +138,7 @@ def begin(
     batches = open_batches(graph, data, config)
     label = str(model) if isinstance(model, str | os.PathLike) else graph.name or "model"
     report = Report(onnx_eptq.__version__, label, config.model_dump(mode="json", exclude_defaults=True), coverage)
+    report.storage = {bits: target.storage[bits] for bits in coverage.layers_by_bits}
     report.output = None if output is None else str(output)
     report.preparation = {name: count for name, count in changes.items() if count}
     report.float_bytes = source.stat().st_size if isinstance(source, Path) else source.ByteSize()

@@ -83,6 +83,7 @@ class Report:
     model: str
     settings: dict[str, Any]
     coverage: Coverage
+    storage: dict[int, str] = field(default_factory=dict)
     output: str | None = None
     data: str = ""
     samples: int = 0
@@ -111,6 +112,10 @@ class Report:
             yield f"  float    {name}: {reason}"
         if len(reasons) > MAX_REASONS:
             yield f"  float    and {len(reasons) - MAX_REASONS} more (all of them in --json)"
+        if self.storage:
+            yield "storage    " + ", ".join(
+                f"{bits}-bit weights as {form}" for bits, form in sorted(self.storage.items())
+            )
         if self.data:
             yield f"data       {self.data}"
         for name, (low, high, mean, std) in list(self.fed.items())[:4]:

@@ -92,6 +92,7 @@ def test_report_is_complete_and_true(w4: tuple[Path, onnx_eptq.Result]) -> None:
     path, result = w4
     report = result.report
     assert report.coverage.complete
+    assert report.storage == {4: "cast"}
     assert report.bytes == path.stat().st_size
     assert report.float_bytes == DIGITS.stat().st_size
     assert report.samples == 256
