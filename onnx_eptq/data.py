@@ -670,8 +670,11 @@ def feed_range(batch: Mapping[str, Array]) -> dict[str, FeedRange]:
     }
 
 
-def implausible(spec: InputSpec, fed: FeedRange) -> str | None:
-    """Return a hint when a float image input is fed what no usual preprocessing gives, `None` when it is plausible."""
+def implausible(spec: InputSpec, fed: FeedRange, *, raw: bool = False) -> str | None:
+    """Return a hint when a float image input is fed what no usual preprocessing gives, `None` when it is plausible.
+
+    `raw`: the user asked for unscaled pixels, so that their range is no surprise.
+    """
     if spec.dtype.kind != "f" or len(spec.shape) != 4 or not {spec.shape[1], spec.shape[3]} & {1, 3}:
         return None
     seen = f"input {spec.name!r} was fed values in {fed.min:.4g}..{fed.max:.4g}"
@@ -682,7 +685,7 @@ def implausible(spec: InputSpec, fed: FeedRange) -> str | None:
         return f"{seen}, which looks scaled twice; check --scale and --std"
     if max(abs(fed.min), abs(fed.max)) > 300:
         return f"{seen}, beyond any pixel; check --scale, --mean and --std (mean and std apply after the scale)"
-    if fed.min >= 0 and fed.max > 20:
+    if fed.min >= 0 and fed.max > 20 and not raw:
         return (
             f"{seen}, which looks like raw pixels; if the model expects normalised input pass --preset imagenet or unit"
         )

@@ -248,11 +248,12 @@ def describe_data(job: Job) -> None:
     report = job.report
     report.data, report.samples = job.batches.describe(), job.batches.num_samples
     first = next(iter(job.batches))
+    raw = (job.config.scale or sources.PRESETS[job.config.preset].scale) == 1
     for spec in input_specs(job.graph):
         if spec.name in first and first[spec.name].size:
             fed = sources.feed_range({spec.name: first[spec.name]})[spec.name]
             report.fed[spec.name] = [float(number) for number in fed]
-            report.warnings += [text for text in [sources.implausible(spec, fed)] if text]
+            report.warnings += [text for text in [sources.implausible(spec, fed, raw=raw)] if text]
     if report.samples < 32:
         report.warnings.append(f"only {report.samples} calibration samples; a few hundred give better ranges")
 

@@ -302,6 +302,13 @@ def test_config_round_trip(tmp_path: Path) -> None:
         Config.load(tmp_path / "none.yaml")
 
 
+def test_raw_pixels_are_warned_about_unless_asked_for(tmp_path: Path) -> None:
+    x = np.load(MODELS / "digits_eval.npz")["x"][:32] * 255
+    warned = quantize(DIGITS, {"image": x}, threads=1).report.warnings
+    assert any("looks like raw pixels" in warning for warning in warned)
+    assert not quantize(DIGITS, CALIB, preset="raw", num_samples=32, threads=1).report.warnings
+
+
 def test_random_data_must_be_asked_for(tmp_path: Path) -> None:
     result = quantize(DIGITS, None, num_samples=16, threads=1)
     assert "random" in result.report.data
