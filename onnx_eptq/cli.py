@@ -119,6 +119,8 @@ def quantize(
         if value is not None and name in _settings() and name not in ("bits", "keep_float", "mean", "std")
     }
     given |= {name: _numbers(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
+    if not random_calibration:
+        del given["random_calibration"]  # a config file may have asked for it
     if bits:
         given["bits"] = dict(_override(text) for text in bits)
     if keep_float:

@@ -24,7 +24,7 @@ from onnx_eptq import calibrate, mirror, verify
 from onnx_eptq import data as sources
 from onnx_eptq import graph as graphs
 from onnx_eptq.config import Config
-from onnx_eptq.errors import CoverageError, ModelError, OutputError, UsageError, VerificationError
+from onnx_eptq.errors import CoverageError, DataError, ModelError, OutputError, UsageError, VerificationError
 from onnx_eptq.plan import Layer, Plan, Rules, check_ops, check_plan, linear_layers, make_plan
 from onnx_eptq.prepare import add_biases, free_batch, prepare
 from onnx_eptq.report import Phases, Report, measure_coverage
@@ -79,7 +79,7 @@ def quantize(
     Args:
         model: path, ModelProto or graphsurgeon Graph; never modified.
         data: calibration samples: a path (images, .npy, .npz, test_data_set folders), arrays, dicts by input name, any
-            iterable of them, an ONNX Runtime CalibrationDataReader, or None for random samples.
+            iterable of them, an ONNX Runtime CalibrationDataReader; None only with `random_calibration=True`.
         output: where to write the file; None keeps it in memory.
         config: all settings at once; or give single ones by name (`weight_bits=4`), which win.
         plan: where quantizers sit, as an earlier run returned it or `Plan.from_json` read it; by default made here.
@@ -234,6 +234,8 @@ def open_batches(graph: gs.Graph, data: Any, config: Config) -> sources.Batches:
         raise UsageError(f"there is no preset '{config.preset}'; known: {', '.join(sources.PRESETS)}")
     chosen = {name: getattr(config, name) for name in ("scale", "mean", "std", "resize", "crop", "color", "layout")}
     preset = replace(sources.PRESETS[config.preset], **{k: v for k, v in chosen.items() if v is not None})
+    if data is None and not config.random_calibration:
+        raise DataError("no calibration data is given; give samples, or ask for random_calibration to try things out")
     if data is None:
         batches = sources.random_data(specs, config.num_samples or 32, config.seed, batch_size=config.batch_size or 8)
     else:

@@ -310,6 +310,8 @@ def test_raw_pixels_are_warned_about_unless_asked_for(tmp_path: Path) -> None:
 
 
 def test_random_data_must_be_asked_for(tmp_path: Path) -> None:
-    result = quantize(DIGITS, None, num_samples=16, threads=1)
+    with pytest.raises(DataError, match="no calibration data is given"):
+        quantize(DIGITS, None, threads=1)
+    result = quantize(DIGITS, None, num_samples=16, threads=1, random_calibration=True)
     assert "random" in result.report.data
     assert any("only 16 calibration samples" in warning for warning in result.report.warnings)
