@@ -30,6 +30,7 @@ LOG = logging.getLogger(__name__)
 OPSETS = range(7, 26)
 STANDARD_DOMAINS = (None, "", "ai.onnx")
 PROTOBUF_LIMIT = 2**31 - 2**20  # protobuf refuses 2 GiB; the rest is room for the nodes
+EXTERNAL_BYTES = 1024  # smaller constants stay in the model file: runtimes want to see shapes and axes early
 PACKED_BITS = {
     getattr(TensorProto, name): bits
     for name, bits in {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}.items()
@@ -686,43 +687,108 @@ def _weight_bytes(model: onnx.ModelProto) -> int:
     return sum(len(t.raw_data) for t in model.graph.initializer)
 
 
-def save(model: onnx.ModelProto, path: str | os.PathLike[str], *, limit: int = PROTOBUF_LIMIT) -> None:
-    """Write the model, complete or not at all; weights of `limit` bytes or more go to `<name>.data` beside it.
+def file_bytes(path: Path) -> int:
+    """Return the size of a model file and of the external data files that it names."""
+    model = onnx.load(path, load_external_data=False)
+    entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
+    names = {entry.value for entry in entries if entry.key == "location"}
+    return sum(part.stat().st_size for part in [path, *(path.parent / name for name in names)])
 
-    Raises:
-        OutputError: The file cannot be written there.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise OutputError(
-            f"'{path}' is a folder; give a file name for the output, for example '{path / 'model.onnx'}'."
-        )
-    try:
-        with _staging(path) as folder:
-            _write(model, folder / path.name, external=_weight_bytes(model) >= limit)
-            for part in sorted(
-                folder.iterdir(), key=lambda p: p.name == path.name
-            ):  # the model last: it names the data
-                part.replace(path.parent / part.name)
-    except OSError as error:
-        reason = error.strerror or _one_line(error)
-        raise OutputError(f"'{path}' cannot be written: {reason}; choose another place for the output.") from error
+
+@dataclass(frozen=True)
+class Staged:
+    """A model file in a temporary folder, to be looked at before it is moved to its place; `staging` makes it."""
+
+    path: Path
+    output: Path | None
+
+    def write(self, model: onnx.ModelProto, *, limit: int | None = None) -> None:
+        """Write the model; weights of `limit` bytes or more (default: what protobuf can hold) go to `<name>.data`.
+
+        Raises:
+            OutputError: The file cannot be written, here as in the other methods.
+        """
+        external = _weight_bytes(model) >= (PROTOBUF_LIMIT if limit is None else limit)
+        with _output_errors(self.output):
+            _write(model, self.path, external=external)
+
+    def set_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Give the file these metadata_props; external data stays as it is."""
+        with _output_errors(self.output):
+            model = onnx.load(self.path, load_external_data=False)
+            onnx.helper.set_model_props(model, dict(metadata))
+            self.path.write_bytes(model.SerializeToString())
+
+    def publish(self) -> None:
+        """Move the file, and its external data, over what is at the output: both or none of them."""
+        assert self.output is not None
+        new, final, old = _data_path(self.path), _data_path(self.output), self.path.with_name("replaced")
+        with _output_errors(self.output):
+            if not new.exists():
+                self.path.replace(self.output)
+                return
+            try:
+                if final.exists():
+                    final.replace(old)
+                new.replace(final)
+                self.path.replace(self.output)  # the model last: it names the data
+            except BaseException:
+                if self.path.exists() and not new.exists():
+                    final.replace(new)
+                if self.path.exists() and old.exists():
+                    old.replace(final)
+                raise
 
 
 @contextlib.contextmanager
-def _staging(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside the output, hence on the same disk, so that moving out of it is atomic."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+def staging(output: str | os.PathLike[str] | None = None) -> Iterator[Staged]:
+    """Yield a place for a model file that nothing is left of unless it is published.
+
+    It is beside the output, hence on the same disk, so that moving out of it is atomic; without an output it is in the
+    system's temporary folder.
+
+    Raises:
+        OutputError: The folder cannot be made there.
+    """
+    path = None if output is None else Path(output)
+    with _output_errors(path):
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}." if path else None, dir=path.parent if path else None))
     try:
-        yield folder
+        yield Staged(folder / (path.name if path else "model.onnx"), path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _output_errors(output: Path | None) -> Iterator[None]:
+    """Tell of what the system refuses in the user's terms: the output, not the file that is staged for it."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or _one_line(error)
+        what = f"'{output}'" if output else f"A file in the temporary folder '{tempfile.gettempdir()}'"
+        advice = "choose another place for the output" if output else "name another folder in TMPDIR"
+        raise OutputError(f"{what} cannot be written: {reason}; {advice}.") from error
+
+
+def _data_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.data")
+
+
 def _write(model: onnx.ModelProto, path: Path, *, external: bool) -> None:
-    if not external:
-        path.write_bytes(model.SerializeToString())
-        return
-    whole = onnx.ModelProto()
-    whole.CopyFrom(model)  # onnx moves the weights out of the proto it is given
-    onnx.save_model(whole, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
+    if external:
+        whole, model = model, onnx.ModelProto()
+        model.CopyFrom(whole)
+        _move_out(model, _data_path(path))
+    path.write_bytes(model.SerializeToString())
+
+
+def _move_out(model: onnx.ModelProto, path: Path) -> None:
+    """Move the larger weights into a data file: onnx's own function fails where the working folder has such a file."""
+    with path.open("wb") as file:
+        for tensor in model.graph.initializer:
+            data = tensor.raw_data
+            if len(data) >= EXTERNAL_BYTES:
+                onnx.external_data_helper.set_external_data(tensor, path.name, file.tell(), len(data))
+                tensor.ClearField("raw_data")
+                file.write(data)

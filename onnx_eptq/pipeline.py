@@ -141,7 +141,7 @@ def begin(
     report.storage = {bits: target.storage[bits] for bits in coverage.layers_by_bits}
     report.output = None if output is None else str(output)
     report.preparation = {name: count for name, count in changes.items() if count}
-    report.float_bytes = source.stat().st_size if isinstance(source, Path) else source.ByteSize()
+    report.float_bytes = graphs.file_bytes(source) if isinstance(source, Path) else source.ByteSize()
     job = Job(graph, source, plan, linear_layers(graph), target, batches, config, report)
     describe_data(job)
     return job
@@ -350,23 +350,31 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
     report, threads = job.report, job.config.threads
     quantized = student.export(job.plan)
     written = write(job.graph, job.plan, quantized, job.target.storage, opset=job.config.opset)
-    with phases("verify"):
-        count = max(1, min(PARITY_SAMPLES, PARITY_SAMPLES * IMAGE_ELEMENTS // sample_elements(job.batches)))
-        few = job.batches.subset(count, job.config.seed)
-        report.parity = verify.check_parity(written, student, job.plan, job.layers, quantized, few, threads)
-    onnx.helper.set_model_props(written, {**_properties(written), **metadata(report)})
-    with phases("compare"):
-        some = job.batches.subset(FIDELITY_SAMPLES, job.config.seed)
-        report.fidelity = verify.measure_fidelity(job.source, written, some, threads)
-    for name, decibel in report.fidelity.sqnr_db.items():
-        if decibel < LOW_SQNR:
-            report.warnings.append(
-                f"output '{name}' is {decibel} dB from the float model's: expect a loss; try more bits"
-            )
-    if output is not None:
-        graphs.save(written, output)
-    report.bytes = Path(output).stat().st_size if output is not None else written.ByteSize()
+    with graphs.staging(output) as staged:
+        staged.write(written)
+        with phases("verify"):
+            count = max(1, min(PARITY_SAMPLES, PARITY_SAMPLES * IMAGE_ELEMENTS // sample_elements(job.batches)))
+            few = job.batches.subset(count, job.config.seed)
+            report.parity = verify.check_parity(staged.path, student, job.plan, job.layers, quantized, few, threads)
+        onnx.helper.set_model_props(written, {**_properties(written), **metadata(report)})
+        staged.set_metadata(_properties(written))
+        with phases("compare"):
+            some = job.batches.subset(FIDELITY_SAMPLES, job.config.seed)
+            report.fidelity = verify.measure_fidelity(job.source, staged.path, some, threads)
+        report.warnings += low_fidelity(report.fidelity)
+        report.bytes = graphs.file_bytes(staged.path)
+        if output is not None:
+            staged.publish()
     return written
+
+
+def low_fidelity(fidelity: verify.Fidelity) -> list[str]:
+    """A warning for every output that is far from the float model's."""
+    return [
+        f"output '{name}' is {decibel} dB from the float model's: expect a loss; try more bits"
+        for name, decibel in fidelity.sqnr_db.items()
+        if decibel < LOW_SQNR
+    ]
 
 
 def _properties(model: onnx.ModelProto) -> dict[str, str]:

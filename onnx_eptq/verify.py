@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -21,6 +22,7 @@ from onnx_eptq.grid import Quantized, dequantize, quantize
 from onnx_eptq.mirror import Mirror, Probe
 from onnx_eptq.plan import Layer, Plan, role_of
 
+Source: TypeAlias = onnx.ModelProto | str | PathLike[str]
 RUNTIME = str(ort.__version__)
 LEVELS = {
     "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -71,15 +73,28 @@ class Fidelity:
 
 
 def session(
-    model: onnx.ModelProto | str | PathLike[str], level: str = "all", threads: int = 0, *, save_to: Path | None = None
+    model: Source, level: str = "all", threads: int = 0, *, folder: Path | None = None, save_to: Path | None = None
 ) -> ort.InferenceSession:
-    """A CPU session; raises VerificationError when the runtime refuses the model."""
+    """A CPU session; raises VerificationError when the runtime refuses the model.
+
+    Args:
+        model: a file, or a ModelProto, which protobuf limits to 2 GB.
+        level: how much the runtime may optimise, a key of `LEVELS`.
+        threads: 0 for one per core.
+        folder: where the external data of a ModelProto is.
+        save_to: where to write the optimized model, its larger weights as external data beside it.
+    """
     options = ort.SessionOptions()
     options.graph_optimization_level = LEVELS[level]
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
+    if folder:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if save_to:
         options.optimized_model_filepath = str(save_to)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{save_to.name}.data"
+        )
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else fspath(model)
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -99,8 +114,15 @@ def run(of: ort.InferenceSession, batch: Batch, names: Sequence[str] | None = No
 
 
 def _reason(error: Exception) -> str:
-    """The first line of a runtime's message, without the places in its source code."""
-    return re.sub(r"/\S+\.(?:cc|h):\d+\s*", "", str(error).strip().splitlines()[0])[:400]
+    """The first line of a runtime's message, without the places in its source code and of a file that is soon gone."""
+    return re.sub(r"/\S+\.(?:cc|h):\d+\s*|Load model from .* failed:\s*", "", str(error).strip().splitlines()[0])[:400]
+
+
+def _opened(model: Source) -> tuple[onnx.ModelProto, Path | None]:
+    """The model without its external data, and the folder where that is."""
+    if isinstance(model, onnx.ModelProto):
+        return model, None
+    return onnx.load(model, load_external_data=False), Path(model).absolute().parent
 
 
 def _exposing(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
@@ -287,13 +309,15 @@ def _check_fused(parity: Parity, student: Mirror, plan: Plan, ran: _Optimized, b
 class _Optimized:
     """The graph that ONNX Runtime really executes, with its integer values readable under their planned names."""
 
-    def __init__(self, model: onnx.ModelProto, names: Mapping[str, str], threads: int) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "optimized.onnx"
+    def __init__(self, model: Source, names: Mapping[str, str], threads: int, folder: Path | None) -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            path = Path(scratch) / "optimized.onnx"
             session(model, "extended", threads, save_to=path)
-            optimized = onnx.load(path)
-        made = {output: node for node in optimized.graph.node for output in node.output}
-        self.names = {value: codes for value, codes in names.items() if codes in made}
+            optimized = onnx.load(path, load_external_data=False)
+            made = {output: node for node in optimized.graph.node for output in node.output}
+            self.names = {value: codes for value, codes in names.items() if codes in made}
+            exposed = _exposing(optimized, sorted(set(self.names.values())))
+            self.session = session(exposed, "off", threads, folder=path.parent)
         self.producers = {}
         for value, codes in self.names.items():
             node = made[codes]
@@ -302,7 +326,6 @@ class _Optimized:
         self.kernels: dict[str, int] = {}
         for node in optimized.graph.node:
             self.kernels[node.op_type] = self.kernels.get(node.op_type, 0) + 1
-        self.session = session(_exposing(optimized, sorted(set(self.names.values()))), "off", threads)
 
     def run(self, batch: Batch) -> dict[str, Tensor]:
         wanted = sorted(set(self.names.values()))
@@ -311,7 +334,7 @@ class _Optimized:
 
 
 def check_parity(
-    model: onnx.ModelProto,
+    written: Source,
     student: Mirror,
     plan: Plan,
     layers: Sequence[Layer],
@@ -319,18 +342,19 @@ def check_parity(
     batches: Iterable[Batch],
     threads: int = 0,
 ) -> Parity:
-    """Compare the written model with the mirror on the given batches.
+    """Compare the written model, a file or a ModelProto, with the mirror on the given batches.
 
     Raises:
         VerificationError: with the node's name, where the two differ by more than float rounding explains: any difference
             where the runtime executes integers; where it executes float, one step in more than 1e-4 of all elements.
     """
     parity = Parity()
+    model, folder = _opened(written)
     names = {value: codes for value, codes in _codes_names(model).items() if value in plan}
     _check_complete(model, student, plan, names)
-    off = session(_exposing(model, sorted(set(names.values()))), "off", threads)
-    plain, basic = session(model, "off", threads), session(model, "basic", threads)
-    optimized = _Optimized(model, names, threads)
+    off = session(_exposing(model, sorted(set(names.values()))), "off", threads, folder=folder)
+    plain, basic = session(written, "off", threads), session(written, "basic", threads)
+    optimized = _Optimized(written, names, threads, folder)
     parity.kernels = optimized.kernels
     ends = _layers_by_value(layers, plan)
     with torch.no_grad():
@@ -361,8 +385,8 @@ def _check_basic(parity: Parity, off: Mapping[str, np.ndarray], basic: Mapping[s
 
 
 def measure_fidelity(
-    float_model: str | PathLike[str] | onnx.ModelProto,
-    written: str | PathLike[str] | onnx.ModelProto,
+    float_model: Source,
+    written: Source,
     batches: Iterable[Batch],
     threads: int = 0,
 ) -> Fidelity:

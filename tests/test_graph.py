@@ -1,5 +1,7 @@
 """Files in and out: nothing is lost on a round trip, every bad input has its own sentence."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -464,26 +466,37 @@ def test_string_and_scalar_constants_export():
 # ------------------------------------------------------------------------------------------------------------- saving
 
 
-def test_save_writes_one_file_and_leaves_no_trace(tmp_path):
+def save(model, path, *, limit=None):
+    with og.staging(path) as staged:
+        staged.write(model, limit=limit)
+        staged.publish()
+
+
+def large_model():
+    source = model()
+    source.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones((4, 300), np.float32), "w"))
+    source.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 300
+    return source
+
+
+def test_publishing_writes_one_file_and_leaves_no_trace(tmp_path):
     path = tmp_path / "out.onnx"
     path.write_text("old")
-    og.save(og.to_model(og.load(model())), path)
+    save(og.to_model(og.load(model())), path)
     assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
     np.testing.assert_array_equal(run(onnx.load(path), X)[0], run(model(), X)[0])
 
 
 def test_external_data_goes_out_and_comes_in(tmp_path):
-    source = model()
-    large = numpy_helper.from_array(np.ones((4, 300), np.float32), "w")
-    source.graph.initializer[0].CopyFrom(large)
-    source.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 300
+    source = large_model()
     before = source.SerializeToString()
     path = tmp_path / "deep" / "out.onnx"
     path.parent.mkdir()
-    og.save(source, path, limit=1000)
+    save(source, path, limit=1000)
     assert source.SerializeToString() == before
     assert sorted(p.name for p in path.parent.iterdir()) == ["out.onnx", "out.onnx.data"]
     assert path.stat().st_size < 1000
+    assert og.file_bytes(path) == path.stat().st_size + 4800
     graph = og.load(str(path))
     np.testing.assert_array_equal(run(og.to_model(graph), X)[0], run(source, X)[0])
 
@@ -494,7 +507,7 @@ def test_external_data_goes_out_and_comes_in(tmp_path):
         og.load(onnx.load(path, load_external_data=False))
 
 
-def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "out.onnx"
     path.write_text("old")
 
@@ -502,17 +515,64 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(og, "_write", full_disk)
-    with pytest.raises(OutputError, match="No space left on device"):
-        og.save(model(), path)
+    with pytest.raises(OutputError, match=r"'.*/out\.onnx' cannot be written: No space left on device"):
+        save(model(), path)
+    refused = pytest.raises(OutputError, match=r"A file in the temporary folder .* cannot be written: .*TMPDIR")
+    with refused, og.staging() as staged:
+        staged.write(model())
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("fails", ["out.onnx.data", "out.onnx"])
+@pytest.mark.parametrize("old", [True, False], ids=["over an old file", "new"])
+def test_model_and_data_are_moved_both_or_not_at_all(tmp_path, monkeypatch, fails, error, old):
+    path = tmp_path / "out.onnx"
+    if old:
+        save(og.to_model(og.load(large_model())), path, limit=1000)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    replace = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name == fails and target.parent == tmp_path:
+            raise error
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    other = large_model()
+    other.graph.initializer[0].raw_data = bytes(4800)
+    with pytest.raises((OutputError, KeyboardInterrupt)):
+        save(other, path, limit=1000)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_the_working_folder_does_not_matter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        save(large_model(), "out.onnx", limit=1000)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "out.onnx.data"]
+
+
+def test_metadata_of_a_staged_file(tmp_path):
+    for limit in (1000, 10**6):
+        with og.staging(tmp_path / "out.onnx") as staged:
+            staged.write(large_model(), limit=limit)
+            staged.set_metadata({"key": "value"})
+            staged.publish()
+        found = onnx.load(tmp_path / "out.onnx")
+        assert [(entry.key, entry.value) for entry in found.metadata_props] == [("key", "value")]
+        assert found.graph.initializer[0].raw_data == large_model().graph.initializer[0].raw_data
+    expected = large_model()
+    onnx.helper.set_model_props(expected, {"key": "value"})
+    assert (tmp_path / "out.onnx").read_bytes() == expected.SerializeToString()
+
+
 def test_unwritable_places_are_output_errors(tmp_path):
-    with pytest.raises(OutputError, match="is a folder; give a file name"):
-        og.save(model(), tmp_path)
+    with pytest.raises(OutputError, match="Is a directory; choose another place"):
+        save(model(), tmp_path)
     with pytest.raises(OutputError, match=r"cannot be written: No such file or directory; choose another place"):
-        og.save(model(), tmp_path / "missing" / "out.onnx")
+        save(model(), tmp_path / "missing" / "out.onnx")
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

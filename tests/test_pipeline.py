@@ -1,6 +1,7 @@
 """`quantize` end to end on the demo model: accuracy of the written file, determinism, sources, options, refusals."""
 
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnx_eptq
 from onnx_eptq import Config, quantize, verify
+from onnx_eptq import graph as graphs
 from onnx_eptq.errors import (
     CoverageError,
     DataError,
@@ -206,18 +208,86 @@ def test_targets_and_storage_compute_the_same(tmp_path: Path, w4: tuple[Path, on
     assert (lowered.opset_import[0].version, lowered.ir_version) == (13, 8)
 
 
-def test_failed_verification_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[False, True], ids=["one file", "external data"])
+def external(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether weights go to a data file, as if they were too large for protobuf."""
+    if request.param:
+        monkeypatch.setattr(graphs, "PROTOBUF_LIMIT", 1000)
+        monkeypatch.setattr(graphs, "EXTERNAL_BYTES", 64)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("error", [VerificationError("planted"), KeyboardInterrupt()])
+@pytest.mark.parametrize("stage", ["check_parity", "measure_fidelity"])
+def test_what_fails_or_is_interrupted_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: bool, stage: str, error: BaseException
+) -> None:
     path = tmp_path / "q.onnx"
     path.write_text("what was here before")
 
     def fail(*args: object, **kwargs: object) -> None:
-        raise VerificationError("planted")
+        (staged,) = (argument for argument in args if isinstance(argument, Path) and argument != DIGITS)
+        assert staged.name == path.name
+        assert (staged.parent / "q.onnx.data").exists() == external
+        raise error
 
-    monkeypatch.setattr(verify, "check_parity", fail)
-    with pytest.raises(VerificationError):
-        quantize(DIGITS, CALIB, path, threads=1)
+    monkeypatch.setattr(verify, stage, fail)
+    with pytest.raises(type(error)):
+        quantize(DIGITS, CALIB, path, threads=1, num_samples=32)
     assert path.read_text() == "what was here before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_external_data_changes_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: bool, w4: tuple[Path, onnx_eptq.Result]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # the second run replaces the files of the first
+        result = quantize(DIGITS, CALIB, "q.onnx", weight_bits=4, threads=1)
+        files = {path.name: path for path in tmp_path.iterdir()}
+        assert set(files) == ({"q.onnx", "q.onnx.data"} if external else {"q.onnx"})
+        assert result.report.bytes == sum(path.stat().st_size for path in files.values())
+    outside = [t for t in onnx.load("q.onnx", load_external_data=False).graph.initializer if t.external_data]
+    assert bool(outside) == external
+    found, expected = onnx.load("q.onnx"), onnx.load(w4[0])
+    for model in (found, result.model):
+        assert contents(model) == contents(expected)
+        assert list(model.metadata_props) == list(expected.metadata_props)
+        assert list(model.graph.node) == list(expected.graph.node)
+    assert (result.report.parity, result.report.fidelity) == (w4[1].report.parity, w4[1].report.fidelity)
+    assert accuracy(files["q.onnx"]) == accuracy(w4[0])
+
+
+def contents(model: onnx.ModelProto) -> list[tuple[object, ...]]:
+    return [(t.name, t.data_type, tuple(t.dims), t.raw_data) for t in model.graph.initializer]
+
+
+def test_the_file_itself_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: bool) -> None:
+    write = graphs.Staged.write
+
+    def damaged(self: graphs.Staged, model: onnx.ModelProto) -> None:
+        write(self, model)
+        path = self.path.with_name("q.onnx.data") if external else self.path
+        largest = max((t.raw_data for t in model.graph.initializer if t.data_type == TensorProto.INT4), key=len)
+        data = path.read_bytes()
+        assert data.count(largest) == 1
+        path.write_bytes(data.replace(largest, bytes(byte ^ 0x11 for byte in largest)))
+
+    monkeypatch.setattr(graphs.Staged, "write", damaged)
+    with pytest.raises(VerificationError, match="the written file and the simulation differ"):
+        quantize(DIGITS, CALIB, tmp_path / "q.onnx", weight_bits=4, threads=1, num_samples=32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_an_output_nothing_stays_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: bool
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    result = quantize(DIGITS, CALIB, threads=1, num_samples=32)
+    assert not list(tmp_path.iterdir())
+    assert result.report.output is None
+    assert result.report.bytes > 50_000
+    assert accuracy(result.model) > 90
 
 
 def _with_node(op: str, domain: str = "") -> onnx.ModelProto:

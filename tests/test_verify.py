@@ -10,6 +10,7 @@ import torch
 from onnx import numpy_helper
 
 from models import MODELS, cached, case, feeds, initializer, node_named, parse, producer, quantize, run_ort, weights
+from onnx_eptq import graph as graphs
 from onnx_eptq import grid as grids
 from onnx_eptq import write as writers
 from onnx_eptq.errors import VerificationError
@@ -45,6 +46,19 @@ def test_parity_holds_for_the_portable_form(name):
     storage = dict.fromkeys(range(2, 9), "int4")
     found.written = writers.write(found.graph, found.plan, found.quantized, storage)
     assert check(found).float_differences <= 2
+
+
+@pytest.mark.parametrize("limit", [0, 10**6], ids=["external data", "one file"])
+@pytest.mark.parametrize("name", ["residual", "attention", "transposed"])
+def test_a_file_is_verified_like_the_model_in_memory(tmp_path, monkeypatch, name, limit):
+    monkeypatch.setattr(graphs, "EXTERNAL_BYTES", 2)
+    found = copy.copy(cached(name, 4, 8))
+    expected = check(found), measure_fidelity(found.proto, found.written, found.batches, threads=1)
+    with graphs.staging(tmp_path / "q.onnx") as staged:
+        staged.write(found.written, limit=limit)
+        found.written = staged.path
+        assert (check(found), measure_fidelity(found.proto, staged.path, found.batches, threads=1)) == expected
+        assert {path.name for path in staged.path.parent.iterdir()} <= {"q.onnx", "q.onnx.data"}
 
 
 @pytest.mark.parametrize(
@@ -321,9 +335,14 @@ def test_the_message_is_one_sentence_of_ours():
     assert text.endswith("this is a bug, please report it with the model")
 
 
-def test_a_file_that_the_runtime_refuses():
+def test_a_file_that_the_runtime_refuses(tmp_path):
     found = case("gemm")
     found.written.ir_version = 99
+    with graphs.staging(tmp_path / "q.onnx") as staged:
+        staged.write(found.written)
+        with pytest.raises(VerificationError, match="Unsupported model IR version: 99") as error:
+            session(staged.path)
+    assert str(tmp_path) not in str(error.value)
     with pytest.raises(VerificationError, match=r"ONNX Runtime \S+ cannot load the model"):
         check(found)
     with pytest.raises(VerificationError, match="level 'all'"):
