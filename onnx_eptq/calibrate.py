@@ -19,7 +19,7 @@ from torch import Tensor
 from onnx_eptq.errors import DataError
 from onnx_eptq.grid import MIN_SCALE, Grid, QParams, affine_qparams, fake_quantize, symmetric_qparams
 from onnx_eptq.mirror import Mirror, Probe
-from onnx_eptq.ops import OPS
+from onnx_eptq.ops import op_of
 from onnx_eptq.plan import Layer, Limits, Plan, QuantPoint, is_constant, role_of
 
 log = logging.getLogger(__name__)
@@ -319,14 +319,14 @@ def views(graph: gs.Graph) -> dict[str, View]:
     found: dict[str, View] = {}
     for node in graph.nodes:
         parameters = node.inputs[1:]
-        if not OPS[node.op].unary or len(node.inputs[0].outputs) != 1 or not all(map(is_constant, parameters)):
+        if not op_of(node).unary or len(node.inputs[0].outputs) != 1 or not all(map(is_constant, parameters)):
             continue
         numbers = [
             float(np.asarray(tensor.values).reshape(-1)[0]) for tensor in parameters if np.size(tensor.values) == 1
         ]
         if len(numbers) == len(parameters):
             value = node.inputs[0]
-            view = partial(_view, OPS[node.op].function, numbers, dict(node.attrs))
+            view = partial(_view, op_of(node).function, numbers, dict(node.attrs))
             found[value.name] = view
             while (
                 value.inputs and role_of(value.inputs[0]) == "same_grid" and len(value.inputs[0].inputs[0].outputs) == 1
@@ -374,7 +374,7 @@ def _candidates(method: str, point: QuantPoint) -> list[WeightCalibrator]:
 
 def apply_linear(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
     """The layer's operator without its bias."""
-    function = OPS[layer.node.op].function
+    function = op_of(layer.node).function
     attributes = {name: tuple(v) if isinstance(v, list) else v for name, v in layer.node.attrs.items()}
     args = (weight, x) if layer.node.inputs[0] is layer.weight else (x, weight)
     result: Tensor = function(*args, **attributes)

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from onnx_eptq import graph as graphs
 from onnx_eptq import grid as grids
 from onnx_eptq.grid import QParams, Quantized
-from onnx_eptq.ops import OPS
+from onnx_eptq.ops import op_of
 from onnx_eptq.plan import QuantPoint, walk
 
 
@@ -174,7 +174,7 @@ class _Builder:
         return tuple(value) if isinstance(value, list) else value
 
     def node(self, node: gs.Node) -> None:
-        op = OPS[node.op]
+        op = op_of(node)
         args = [self.argument(tensor, index in op.static) for index, tensor in enumerate(node.inputs)]
         while args and args[-1] is None:
             args.pop()
@@ -253,7 +253,7 @@ def build(
     """Return the mirror of `graph` with a fake quantizer at every point of `plan`.
 
     Args:
-        graph: a prepared graph (opset 21) whose operators are all in `OPS`.
+        graph: a prepared graph (opset 21) whose operators `op_of` knows all.
         plan: quantizers by value; empty gives the float model.
         qparams: scale and zero point of every planned value that is neither tied nor a bias.
     """

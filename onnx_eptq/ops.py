@@ -16,9 +16,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from onnx_eptq.errors import UnsupportedOp
+from onnx_eptq.graph import STANDARD_DOMAINS
 
 Role = Literal["linear", "arithmetic", "same_grid", "clamp", "sensitive", "untouched"]
 Attributes = Mapping[str, Any]
@@ -72,7 +76,24 @@ class Op:
         return self.role(attributes) if callable(self.role) else self.role
 
 
-OPS: dict[str, Op] = {}
+OPS: dict[str, Op] = {}  # by `op_name`
+
+
+def op_name(node: gs.Node) -> str:
+    """Return the name of a node's operator, with its domain in front unless that is the standard one."""
+    return str(node.op) if node.domain in STANDARD_DOMAINS else f"{node.domain}.{node.op}"
+
+
+def op_of(node: gs.Node) -> Op:
+    """Return what is known about a node's operator: the one place where every stage looks it up.
+
+    Raises:
+        UnsupportedOp: nothing is known.
+    """
+    found = OPS.get(op_name(node))
+    if found is None:
+        raise UnsupportedOp(f"'{node.name}' {op_name(node)} cannot be simulated; replace it by standard operators")
+    return found
 
 
 def op(role: Role | Callable[[Attributes], Role], **facts: Any) -> Callable[[Function], Function]:

@@ -16,8 +16,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_eptq.errors import ModelError, UnsupportedOp, UsageError
+from onnx_eptq.graph import is_op
 from onnx_eptq.grid import Grid
-from onnx_eptq.ops import OPS
+from onnx_eptq.ops import op_name, op_of
 from onnx_eptq.targets import Target
 
 PointRole = Literal["activation", "weight", "bias", "constant"]
@@ -158,18 +159,18 @@ def is_float(tensor: gs.Tensor) -> bool:
 
 def role_of(node: gs.Node) -> str:
     """The quantization role of a node's operator; graphs are checked by `check_ops` first."""
-    return str(OPS[node.op].role_of(node.attrs))
+    return str(op_of(node).role_of(node.attrs))
 
 
 def check_ops(graph: gs.Graph) -> None:
     """Raise UnsupportedOp that names every node which cannot be simulated."""
-    unknown = [node for node in graph.nodes if node.op not in OPS or node.domain not in (None, "", "ai.onnx")]
+    unknown = [node for node in graph.nodes if not _is_known(node)]
     if any(node.op in ("QuantizeLinear", "QLinearConv") for node in unknown):
         raise ModelError(
             "the model is quantized already (it holds QuantizeLinear nodes); give the float model it came from"
         )
     if unknown:
-        names = ", ".join(f"'{node.name}' {node.domain + '.' if node.domain else ''}{node.op}" for node in unknown[:8])
+        names = ", ".join(f"'{node.name}' {op_name(node)}" for node in unknown[:8])
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
         raise UnsupportedOp(
             f"{len(unknown)} node(s) cannot be simulated: {names}{more}; replace them by standard operators or cut the model "
@@ -177,15 +178,23 @@ def check_ops(graph: gs.Graph) -> None:
         )
 
 
+def _is_known(node: gs.Node) -> bool:
+    try:
+        op_of(node)
+    except UnsupportedOp:
+        return False
+    return True
+
+
 def _bias_of(node: gs.Node) -> tuple[gs.Constant | None, gs.Node]:
     """The bias constant of a linear node and the node that adds it."""
-    index = OPS[node.op].bias
+    index = op_of(node).bias
     if index is not None:
         has = len(node.inputs) > index and is_constant(node.inputs[index])
         return (node.inputs[index] if has else None), node
     output = node.outputs[0]
     consumers = output.outputs
-    if len(consumers) == 1 and consumers[0].op == "Add":
+    if len(consumers) == 1 and is_op(consumers[0], "Add"):
         other = [tensor for tensor in consumers[0].inputs if tensor is not output]
         channels = node.inputs[1].shape[-1] if node.inputs[1].shape else None
         if len(other) == 1 and is_constant(other[0]) and list(other[0].shape) == [channels]:
@@ -200,9 +209,9 @@ def linear_layers(graph: gs.Graph) -> list[Layer]:
     for node in graph.nodes:
         if role_of(node) != "linear":
             continue
-        index = OPS[node.op].weight
+        index = op_of(node).weight
         assert index is not None
-        axis_of = OPS[node.op].channel_axis
+        axis_of = op_of(node).channel_axis
         if not is_constant(node.inputs[index]) and node.op == "MatMul" and is_constant(node.inputs[0]):
             index, axis = 0, None  # rows of a left operand are no output channels that a runtime's kernel can scale
         else:
@@ -223,7 +232,7 @@ def linear_layers(graph: gs.Graph) -> list[Layer]:
                 bias,
                 bias_node,
                 bias_node.outputs[0],
-                OPS[node.op].output_axis,
+                op_of(node).output_axis,
             )
         )
     return layers
@@ -247,7 +256,7 @@ def is_mask(values: np.ndarray) -> bool:
 
 def _masks(node: gs.Node) -> bool:
     constants = (tensor for tensor in node.inputs if is_constant(tensor) and is_float(tensor))
-    return OPS[node.op].operands and any(is_mask(np.asarray(tensor.values)) for tensor in constants)
+    return op_of(node).operands and any(is_mask(np.asarray(tensor.values)) for tensor in constants)
 
 
 def _float_region(graph: gs.Graph, kept: set[int]) -> dict[int, str]:
@@ -346,7 +355,7 @@ class _Planner:
         tied = None
         if producer is not None and _only_moves(producer) and producer.inputs[0].name in self.plan:
             tied = self.plan.root(producer.inputs[0].name).value
-        whole = id(tensor) in self.outputs or any(OPS[reader.op].decides for reader in tensor.outputs)
+        whole = id(tensor) in self.outputs or any(op_of(reader).decides for reader in tensor.outputs)
         if tied:
             self.plan[tied] = replace(self.plan[tied], whole_range=whole or self.plan[tied].whole_range)
             point = replace(self.plan[tied], value=tensor.name, tied_to=tied, moved=True)
@@ -361,7 +370,7 @@ class _Planner:
     def join(self, node: gs.Node) -> None:
         """Let the inputs that only this Concat reads share its output's grid: one rounding instead of two."""
         output = node.outputs[0]
-        if not OPS[node.op].joins or output.name not in self.plan or self.plan[output.name].tied_to:
+        if not op_of(node).joins or output.name not in self.plan or self.plan[output.name].tied_to:
             return
         group = [
             t.name for t in node.inputs if t.name in self.plan and len(t.outputs) == 1 and id(t) not in self.outputs
@@ -396,7 +405,7 @@ class _Planner:
 
     def constants(self, node: gs.Node) -> None:
         """Constant operands of elementwise operators that run on integers."""
-        if not OPS[node.op].operands or id(node) in self.region:
+        if not op_of(node).operands or id(node) in self.region:
             return
         biases = {layer.bias.name for layer in self.layers if layer.bias is not None and layer.bias_node is node}
         for tensor in node.inputs:
@@ -454,10 +463,10 @@ def _limits(producer: gs.Node | None) -> Limits:
     """What the producing operator guarantees about its output."""
     if producer is None:
         return None, None
-    if producer.op == "Clip":
+    if is_op(producer, "Clip"):
         low, high = ((*producer.inputs[1:], None, None))[:2]
         return _constant_scalar(low), _constant_scalar(high)
-    bounds = OPS[producer.op].bounds
+    bounds = op_of(producer).bounds
     if bounds is None:
         return None, None
     return tuple(None if math.isinf(bound) else float(bound) for bound in bounds)  # type: ignore[return-value]
@@ -478,7 +487,7 @@ def make_plan(graph: gs.Graph, target: Target, rules: Rules | None = None) -> Pl
     Values that only move data share the grid of what they move. The network's inputs and outputs have at least 8 bits.
 
     Raises:
-        UnsupportedOp: a node's operator is not in `OPS`.
+        UnsupportedOp: a node's operator is one that `op_of` does not know.
         UsageError: a width that the target cannot store, or a pattern that matches nothing.
         ModelError: nothing in the graph can be quantized.
     """

@@ -90,14 +90,13 @@ def lower_opset(graph: gs.Graph, opset: int) -> None:
     Raises:
         ModelError: A node has no form in the opset wanted.
     """
-    for node in graph.nodes:
+    for node in (node for node in graph.nodes if node.domain in og.STANDARD_DOMAINS):
         axes = _const(node, 1)
         if node.op.startswith("Reduce") and node.op != "ReduceSum" and axes is not None:
             node.attrs["axes"] = [int(axis) for axis in axes.ravel()]
             del node.inputs[1:]
-        schema = onnx.defs.get_schema(node.op, graph.opset, "") if node.domain in og.STANDARD_DOMAINS else None
-        older = _schema(node.op, opset)
-        if schema and older:
+        schema, older = onnx.defs.get_schema(node.op, graph.opset, ""), _schema(node.op, opset)
+        if older:
             for name in set(node.attrs) - set(older.attributes):
                 default = onnx.helper.get_attribute_value(schema.attributes[name].default_value)
                 if node.attrs[name] == default or (node.op, name) == ("Split", "num_outputs"):

@@ -11,7 +11,7 @@ import torch
 
 from models import MODELS, cached, feeds, i64, parse, prepared, quantize, run_ort, weights
 from onnx_eptq import graph as og
-from onnx_eptq import mirror as mirrors
+from onnx_eptq import ops
 from onnx_eptq.calibrate import feed
 from onnx_eptq.grid import QParams, dequantize
 from onnx_eptq.mirror import BiasQuantizer, Mirror, Probe, Quantizer, build, same_on_batches
@@ -321,12 +321,12 @@ def test_attributes_that_are_tensors_become_buffers():
 
 def test_planted_fault_in_the_mirror_is_found(monkeypatch):
     """A teacher whose Conv forgets a pad does not pass for ONNX Runtime's model."""
-    conv = mirrors.OPS["Conv"]
+    conv = ops.OPS["Conv"]
 
     def wrong(x, w, b=None, **attributes):
         return conv.function(x, w.flip(-1), b, **attributes)
 
-    monkeypatch.setitem(mirrors.OPS, "Conv", replace(conv, function=wrong))
+    monkeypatch.setitem(ops.OPS, "Conv", replace(conv, function=wrong))
     case = cached("depthwise")
     teacher = build(prepared(case.proto))
     with pytest.raises(AssertionError):

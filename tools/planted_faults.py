@@ -118,7 +118,7 @@ FAULTS = (
     Fault(
         "input of a Softmax may saturate",
         "plan.py",
-        "whole = id(tensor) in self.outputs or any(OPS[reader.op].decides for reader in tensor.outputs)",
+        "whole = id(tensor) in self.outputs or any(op_of(reader).decides for reader in tensor.outputs)",
         "whole = id(tensor) in self.outputs",
         ("plan",),
     ),
