@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -32,6 +33,7 @@ Batch = Mapping[str, np.ndarray]
 View = Callable[[Tensor], Tensor]
 Calibrator = Callable[["Histogram", Grid, Limits, View], QParams]
 WeightCalibrator = Callable[[Tensor, Grid], QParams]
+Calibrating = TypeVar("Calibrating", bound=WeightCalibrator)
 
 CALIBRATORS: dict[str, Calibrator] = {}
 WEIGHT_CALIBRATORS: dict[str, WeightCalibrator] = {}
@@ -50,10 +52,10 @@ def calibrator(name: str) -> Callable[[Calibrator], Calibrator]:
     return register
 
 
-def weight_calibrator(name: str) -> Callable[[WeightCalibrator], WeightCalibrator]:
+def weight_calibrator(name: str) -> Callable[[Calibrating], Calibrating]:
     """Register a weight calibrator: (weights, grid) -> parameters."""
 
-    def register(function: WeightCalibrator) -> WeightCalibrator:
+    def register(function: Calibrating) -> Calibrating:
         WEIGHT_CALIBRATORS[name] = function
         return function
 
@@ -299,16 +301,20 @@ SHARES = (0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.14)  # 8/7: th
 
 
 @weight_calibrator("mse")
-def weight_mse(weight: Tensor, grid: Grid, points: int = 60) -> QParams:
-    """The threshold of least squared error per channel, among shares 0.2 to 1.1 of the largest magnitude."""
+def weight_mse(weight: Tensor, grid: Grid, points: int = 60, importance: Tensor | None = None) -> QParams:
+    """The threshold of least squared error per channel, among shares 0.2 to 1.1 of the largest magnitude.
+
+    `importance`, shaped like the weight, is what each element's error counts (all the same by default).
+    """
     rows = _rows(weight, grid)
+    counts = 1.0 if importance is None else _rows(importance, grid)
     threshold = rows.abs().amax(1)
     row_grid = Grid(grid.bits, grid.signed, 0)
     best = torch.full_like(threshold, float("inf"))
     chosen = threshold.clone()
     for share in torch.linspace(1.1, 0.2, points).tolist():
         qparams = symmetric_qparams(threshold * share, row_grid)
-        error = (fake_quantize(rows, qparams, row_grid) - rows).square().sum(1)
+        error = ((fake_quantize(rows, qparams, row_grid) - rows).square() * counts).sum(1)
         better = error < best
         best, chosen = torch.where(better, error, best), torch.where(better, threshold * share, chosen)
     return symmetric_qparams(chosen if grid.axis is not None else chosen[0], grid)

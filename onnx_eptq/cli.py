@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -14,7 +14,7 @@ from onnx_eptq.errors import EptqError, UsageError
 
 EXIT_CODES = """Exit codes: 0 done; 2 wrong usage; 3 the model cannot be read or quantized; 4 the calibration data does not fit;
 5 the output cannot be written; 6 the written file failed verification; 7 --strict and a layer would stay float; 130
-interrupted (nothing is written)."""
+interrupted (no model is written; --resume goes on)."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 DATA, QUANT, RUN = "Calibration data", "Quantization", "Run"
@@ -48,7 +48,16 @@ def quantize(
     act_bits: Annotated[
         int | None, option(QUANT, "Bits per activation, 2 to 8; inputs and outputs keep 8 [8]", "-a", "--act-bits")
     ] = None,
-    method: Annotated[str | None, option(QUANT, "How weights are rounded: rtn, to the nearest integer [rtn]")] = None,
+    method: Annotated[
+        str | None,
+        option(
+            QUANT,
+            "How weights are rounded: rtn (to the nearest integer), or learned: adaround, adaquant, brecq, qdrop, eptq-v1, "
+            "eptq-v2, eptq [eptq]",
+        ),
+    ] = None,
+    effort: Annotated[str | None, option(QUANT, "How long learning takes: fast, default, thorough [default]")] = None,
+    steps: Annotated[int | None, option(QUANT, "Steps of learning per piece [by the effort]")] = None,
     target: Annotated[
         str | None,
         option(QUANT, "What the file is for: onnxruntime, or onnx for plain INT4 initializers [onnxruntime]"),
@@ -61,7 +70,7 @@ def quantize(
         str | None, option(QUANT, "Activation ranges by: mse, minmax, percentile, entropy [mse]")
     ] = None,
     weight_calibration: Annotated[
-        str | None, option(QUANT, "Weight scales by: output (the layer's output error), absmax, mse [output]")
+        str | None, option(QUANT, "Weight scales by: output (the layer's output error), absmax, mse, hmse [output]")
     ] = None,
     bias_correction: Annotated[
         bool | None,
@@ -94,6 +103,12 @@ def quantize(
     crop: Annotated[str | None, option(DATA, "Centre crop: 224, or HxW")] = None,
     color: Annotated[str | None, option(DATA, "Channel order of the model: rgb or bgr [rgb]")] = None,
     layout: Annotated[str | None, option(DATA, "nchw or nhwc [read off the model's input]")] = None,
+    cache_mb: Annotated[int | None, option(RUN, "Memory for outputs of the float model, in MB [1024]")] = None,
+    compile: Annotated[bool | None, option(RUN, "Compile the learning step with torch.compile", "--compile")] = None,
+    precision: Annotated[str | None, option(RUN, "Arithmetic of learning: float32 or bfloat16 [float32]")] = None,
+    resume: Annotated[
+        bool, option(RUN, "Go on where an interrupted run with the same output and settings stopped", "--resume")
+    ] = False,
     random_calibration: Annotated[
         bool, option(DATA, "Calibrate on random numbers: for trying things out only", "--random-calibration")
     ] = False,
@@ -135,10 +150,21 @@ def quantize(
         if path and not path.absolute().parent.is_dir():
             raise UsageError(f"cannot write {path}: its folder does not exist")
     try:
-        _run(model, data, output, given, (plan_in, plan_out), config, save_config, dry_run, strict, as_json, quiet)
+        flags = _Flags(dry_run, strict, resume, as_json, quiet)
+        _run(model, data, output, given, (plan_in, plan_out), config, save_config, flags)
     except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was written", err=True)
+        typer.echo("interrupted; no model was written; --resume goes on with what was learned so far", err=True)
         raise typer.Exit(130) from None
+
+
+class _Flags(NamedTuple):
+    """What is asked of this run alone."""
+
+    dry_run: bool
+    strict: bool
+    resume: bool
+    as_json: bool
+    quiet: bool
 
 
 def _settings() -> set[str]:
@@ -155,10 +181,7 @@ def _run(
     plans: tuple[Path | None, Path | None],
     config_file: Path | None,
     save_config: Path | None,
-    dry_run: bool,
-    strict: bool,
-    as_json: bool,
-    quiet: bool,
+    flags: _Flags,
 ) -> None:
     """Import what is slow only now, so that help and wrong usage answer at once."""
     from onnx_eptq import pipeline
@@ -172,22 +195,22 @@ def _run(
     plan_in, plan_out = plans
     plan = Plan.from_json(_read(plan_in)) if plan_in else None
     output = output or model.with_name(f"{model.stem}_int{config.weight_bits}.onnx")
-    phases = Phases(console(quiet))
-    options: dict[str, Any] = {"config": config, "plan": plan, "strict": strict, "phases": phases}
-    if dry_run:
+    phases = Phases(console(flags.quiet))
+    options: dict[str, Any] = {"config": config, "plan": plan, "strict": flags.strict, "phases": phases}
+    if flags.dry_run:
         job = pipeline.begin(model, data, output, **options)
         job.report.estimate = pipeline.estimate(job)
         plan, report = job.plan, job.report
         report.output = None
-        if not as_json and not quiet:
+        if not flags.as_json and not flags.quiet:
             typer.echo(str(plan))
     else:
-        result = pipeline.quantize(model, data, output, **options)
+        result = pipeline.quantize(model, data, output, resume=flags.resume, **options)
         plan, report = result.plan, result.report
     if plan_out:
         _write(plan_out, plan.to_json())
-    if not quiet:
-        typer.echo(report.to_json() if as_json else str(report))
+    if not flags.quiet:
+        typer.echo(report.to_json() if flags.as_json else str(report))
 
 
 def _log(verbose: int, quiet: bool) -> None:

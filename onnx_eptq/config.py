@@ -16,7 +16,17 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["rtn"] = Field("rtn", description="How weights are rounded: rtn (to the nearest integer)")
+    method: Literal["eptq", "rtn", "adaround", "adaquant", "brecq", "qdrop", "eptq-v1", "eptq-v2"] = Field(
+        "eptq",
+        description="How weights are rounded: rtn (to the nearest integer), or learned by one of the other methods",
+    )
+    effort: Literal["fast", "default", "thorough"] = Field("default", description="How long learning takes")
+    steps: int | None = Field(None, ge=1, description="Steps of learning per piece; by the effort by default")
+    cache_mb: int = Field(1024, ge=0, description="Memory for the float model's outputs and for solving layers, in MB")
+    compile: bool = Field(False, description="Compile the learning step with torch.compile")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Arithmetic of learning; never of the file"
+    )
     weight_bits: int = Field(8, ge=2, le=8, description="Bits per weight, 2 to 8")
     act_bits: int = Field(8, ge=2, le=8, description="Bits per activation, 2 to 8; inputs and outputs: 8")
     target: str = Field("onnxruntime", description="What the file is for: onnxruntime, or onnx (portable)")
@@ -27,8 +37,9 @@ class Config(BaseModel):
     calibration: Literal["minmax", "percentile", "mse", "entropy"] = Field(
         "mse", description="How activation ranges are chosen"
     )
-    weight_calibration: Literal["output", "absmax", "mse"] = Field(
-        "output", description="How weight scales are chosen: by the layer's output error, absmax, or mse"
+    weight_calibration: Literal["output", "absmax", "mse", "hmse"] = Field(
+        "output",
+        description="How weight scales are chosen: by the layer's output error, absmax, mse, or hmse (weighted by LFH)",
     )
     bias_correction: bool = Field(True, description="Add the mean error of rounded weights to the biases")
     bits: dict[str, int] = Field(default_factory=dict, description="Bits for layers or tensors by name pattern")

@@ -82,17 +82,19 @@ class Mirror(fx.GraphModule):
             setattr(twin, table, copy.deepcopy(getattr(self, table)))
         return twin
 
-    def quantizer(self, value: str) -> Quantizer | BiasQuantizer:
-        """The quantizer of a value."""
-        module = self.get_submodule(self.quantizers[value])
-        assert isinstance(module, Quantizer | BiasQuantizer)
-        return module
+    def quantizer(self, value: str) -> nn.Module:
+        """The quantizer of a value: a `Quantizer`, a `BiasQuantizer`, or one that learns in its place."""
+        return self.get_submodule(self.quantizers[value])
+
+    def replace(self, value: str, quantizer: nn.Module) -> None:
+        """Put another quantizer on a value; all that is tied to it follows."""
+        setattr(self, self.quantizers[value], quantizer)
 
     def scale(self, value: str) -> Tensor:
         """The scale of an activation, a constant operand or a weight."""
-        quantizer = self.quantizer(value)
-        assert isinstance(quantizer, Quantizer)
-        return quantizer.scale
+        scale = self.quantizer(value).scale
+        assert isinstance(scale, Tensor)
+        return scale
 
     def constant(self, value: str) -> Tensor:
         """The parameter or buffer that holds a constant."""
@@ -103,9 +105,9 @@ class Mirror(fx.GraphModule):
     def qparams_of(self, point: QuantPoint) -> QParams:
         """Scale and zero point of any planned value, biases included."""
         if point.scale_from is None:
-            quantizer = self.quantizer(point.tied_to or point.value)
-            assert isinstance(quantizer, Quantizer)
-            return quantizer.qparams
+            qparams = self.quantizer(point.tied_to or point.value).qparams
+            assert isinstance(qparams, QParams)
+            return qparams
         source, weight = (self.scale(name) for name in point.scale_from)
         scale = source * weight
         return QParams(scale, torch.zeros_like(scale, dtype=torch.int32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -20,11 +21,12 @@ import onnx_graphsurgeon as gs
 import torch
 
 import onnx_eptq
-from onnx_eptq import calibrate, mirror, verify
+from onnx_eptq import calibrate, checkpoint, compensate, eptq, hessian, mirror, verify
 from onnx_eptq import data as sources
 from onnx_eptq import graph as graphs
 from onnx_eptq.config import Config
 from onnx_eptq.errors import CoverageError, DataError, ModelError, OutputError, UsageError, VerificationError
+from onnx_eptq.methods import EFFORTS, METHODS, Effort, Method
 from onnx_eptq.plan import Layer, Plan, Rules, check_ops, check_plan, linear_layers, make_plan
 from onnx_eptq.prepare import add_biases, free_batch, prepare
 from onnx_eptq.report import Phases, Report, measure_coverage
@@ -36,6 +38,9 @@ FIDELITY_SAMPLES = 256
 PARITY_SAMPLES = 8
 LOW_SQNR = 6.0  # dB; below, outputs differ from the float model's by half their size
 GROUP = 16  # samples at a time, where the model itself fixes a smaller batch
+LEARN_ELEMENTS = 8 * 3 * 224 * 224  # of a batch to learn from, unless one sample is larger
+STEP_COST, START_COST = 1.5, 4.0  # of a step, and of the closed-form start, per sample; unit: a run of the float model
+LEAST_SAMPLES = 32  # that layers are solved with, whatever the memory
 IMAGE_ELEMENTS = 3 * 224 * 224  # a sample of this size is run in batches of 32
 Model: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | gs.Graph
 
@@ -71,6 +76,7 @@ def quantize(
     config: Config | None = None,
     plan: Plan | None = None,
     strict: bool = False,
+    resume: bool = False,
     phases: Phases | None = None,
     **settings: Any,
 ) -> Result:
@@ -84,6 +90,7 @@ def quantize(
         config: all settings at once; or give single ones by name (`weight_bits=4`), which win.
         plan: where quantizers sit, as an earlier run returned it or `Plan.from_json` read it; by default made here.
         strict: refuse to go on when a layer with weights would stay float.
+        resume: go on from the checkpoint that an interrupted run with the same output left, if there is one.
         phases: where progress is shown; by default nowhere.
         **settings: single settings of `Config`.
 
@@ -92,8 +99,13 @@ def quantize(
     """
     phases = phases or Phases()
     job = begin(model, data, output, config=config, plan=plan, strict=strict, phases=phases, **settings)
-    student = calibrated(job, phases)
-    written = finish(job, student, output, phases)
+    ready = calibrated(job, phases)
+    saved = None if output is None else Path(f"{os.fspath(output)}.checkpoint")
+    if job.config.method != "rtn":
+        learned(job, ready, saved, resume, phases)
+    written = finish(job, ready.student, output, phases)
+    if saved is not None:
+        saved.unlink(missing_ok=True)
     job.report.seconds = phases.seconds
     return Result(written, job.plan, job.report)
 
@@ -288,7 +300,11 @@ def estimate(job: Job) -> dict[str, float]:
     weights = candidates * weight_samples(job.batches) / job.batches.batch_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     model_mb = job.report.float_bytes / 2**20
-    return {"seconds": spent * (rounds + weights + 2) + 1, "peak_mb": peak + 4 * model_mb + 60}
+    method, effort = METHODS[job.config.method], EFFORTS[job.config.effort]
+    effort = replace(effort, steps=job.config.steps or effort.steps, batch=learning_batch(job, effort))
+    learning = learning_cost(method, effort) * spent / job.batches.batch_size if method.stages else 0.0
+    held = 2 * job.config.cache_mb if method.stages else 0
+    return {"seconds": spent * (rounds + weights + 2) + learning + 1, "peak_mb": peak + 4 * model_mb + 60 + held}
 
 
 @dataclass
@@ -314,35 +330,143 @@ class Feed:
         return Feed(self.batches.subset(count, seed), self.group)
 
 
-def make_teacher(job: Job) -> tuple[mirror.Mirror, Feed]:
-    """The float mirror and what to feed it; models of a small fixed batch run in larger ones where that changes nothing."""
+@dataclass
+class Ready:
+    """Float teacher and calibrated student, both mirrors of `graph`, and what to feed them."""
+
+    graph: gs.Graph
+    teacher: mirror.Mirror
+    student: mirror.Mirror
+    batches: Feed
+
+
+def make_teacher(job: Job) -> tuple[mirror.Mirror, Feed, gs.Graph]:
+    """The float mirror, what to feed it, and its graph.
+
+    Models of a small fixed batch run in larger ones where that changes nothing.
+    """
     teacher, alone = mirror.build(job.graph).to(job.config.device), Feed(job.batches)
     group = min(GROUP, batch_size_for(job.batches)) // job.batches.batch_size
     free = free_batch(job.graph) if group > 1 else None
     first = [calibrate.feed(teacher, batch) for batch in itertools.islice(job.batches, 3)]
     if free is None or len(first) < 2:
-        return teacher, alone
+        return teacher, alone, job.graph
     flexible = mirror.build(free).to(job.config.device)
-    return (
-        (flexible, Feed(job.batches, group)) if mirror.same_on_batches(teacher, flexible, first) else (teacher, alone)
-    )
+    if mirror.same_on_batches(teacher, flexible, first):
+        return flexible, Feed(job.batches, group), free
+    return teacher, alone, job.graph
 
 
-def calibrated(job: Job, phases: Phases) -> mirror.Mirror:
-    """The student: ranges from all samples, weight scales by their output error, biases corrected."""
+def calibrated(job: Job, phases: Phases) -> Ready:
+    """Ranges from all samples, weight scales by their output error, biases corrected."""
     config = job.config
-    teacher, batches = make_teacher(job)
+    teacher, batches, graph = make_teacher(job)
     stats = calibrate.observe(teacher, job.plan, job.layers, phases.over("calibrate", batches, len(batches)))
     qparams = calibrate.calibrate(job.plan, stats, teacher, config.calibration, calibrate.views(job.graph))
     few = batches.subset(weight_samples(job.batches), config.seed)
-    qparams |= calibrate.choose_weight_scales(
-        teacher, job.plan, job.layers, phases.over("weights", few, len(few)), config.weight_calibration
-    )
-    student = mirror.build(job.graph, job.plan, qparams).to(config.device)
+    if "hmse" in (config.weight_calibration, METHODS[config.method].ranges):
+        samples = load_samples(teacher, few)
+        with phases("weights"):
+            importance = hessian.weight_hessian(
+                teacher,
+                graph,
+                job.layers,
+                samples,
+                batch=len(next(iter(few))[teacher.input_names[0]]),
+                seed=config.seed,
+            )
+            qparams |= hessian.hmse_scales(job.plan, teacher, importance)
+    else:
+        qparams |= calibrate.choose_weight_scales(
+            teacher, job.plan, job.layers, phases.over("weights", few, len(few)), config.weight_calibration
+        )
+    student = mirror.build(graph, job.plan, qparams).to(config.device)
     if config.bias_correction:
         calibrate.correct_biases(student, teacher, job.plan, job.layers, stats)
     calibrate.fit_biases(student, job.plan)
-    return student
+    return Ready(graph, teacher, student, batches)
+
+
+def load_samples(teacher: mirror.Mirror, batches: Feed) -> list[torch.Tensor]:
+    """All samples, one tensor per network input, on the mirror's device; images channels last, which convolves faster."""
+    parts = [calibrate.feed(teacher, batch) for batch in batches]
+    samples = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    return [x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for x in samples]
+
+
+def learning_batch(job: Job, effort: Effort) -> int:
+    """Samples of one step."""
+    return max(1, min(effort.batch, LEARN_ELEMENTS // sample_elements(job.batches)))
+
+
+def effort_for(job: Job, ready: Ready) -> Effort:
+    """The effort asked for, fitted to the size of a sample and to batches that the model fixes."""
+    effort = EFFORTS[job.config.effort]
+    batch = learning_batch(job, effort)
+    if has_fixed_batch(job):
+        batch = job.batches.batch_size * (1 if ready.graph is job.graph else max(1, batch // job.batches.batch_size))
+    first = calibrate.feed(ready.teacher, next(iter(ready.batches)))
+    held = compensate.held_bytes(ready.teacher, linear_layers(ready.graph), first)
+    fitting = job.config.cache_mb * 2**20 // max(1, held)
+    samples = max(min(effort.samples, LEAST_SAMPLES), min(effort.samples, fitting))
+    return replace(effort, steps=job.config.steps or effort.steps, batch=batch, samples=samples)
+
+
+def learning_cost(method: Method, effort: Effort) -> float:
+    """What learning costs, in runs of the float model on one sample."""
+    steps = sum(max(1.0, effort.steps * stage.share) for stage in method.stages)
+    return STEP_COST * steps * effort.batch + START_COST * effort.samples * (method.start == "compensated")
+
+
+def has_fixed_batch(job: Job) -> bool:
+    """Whether the model takes one number of samples at a time only."""
+    return any(isinstance((tensor.shape or [None])[0], int) for tensor in job.graph.inputs)
+
+
+def learned(job: Job, ready: Ready, saved: Path | None, resume: bool, phases: Phases) -> None:
+    """Learn the student's rounding, scales and biases; it stays as it is where nothing better is found."""
+    config = job.config
+    problem = eptq.Problem(
+        ready.graph,
+        job.plan,
+        linear_layers(ready.graph),
+        ready.teacher,
+        load_samples(ready.teacher, ready.batches),
+        METHODS[config.method],
+        effort_for(job, ready),
+        seed=config.seed,
+        multiple=job.batches.batch_size if has_fixed_batch(job) else 1,
+        exact=has_fixed_batch(job) and ready.graph is job.graph,
+        cache_bytes=config.cache_mb * 2**20,
+        compile=config.compile,
+        bf16=config.precision == "bfloat16",
+    )
+    mark = fingerprint(job, problem.samples)
+    state = None
+    if resume and saved is not None and saved.exists():
+        state = checkpoint.load(saved, mark)
+    elif saved is not None and saved.exists():
+        phases.note(f"an earlier run left {saved}; without --resume it is replaced")
+    learner = eptq.Learner(problem, ready.student, None if saved is None else (saved, mark), state)
+    each = phases.seconds["calibrate"] / job.report.samples
+    seconds = learning_cost(problem.method, problem.effort) * each
+    phases.note(f"learn      {learner.total} steps of {problem.effort.batch} samples, about {seconds:.0f} s")
+    for _ in phases.over("learn", learner, learner.total):
+        pass
+    job.report.learning = learner.learning
+    if learner.learning.kept == "rtn":
+        job.report.warnings.append("learning found nothing better than plain rounding, which is kept")
+
+
+def fingerprint(job: Job, samples: Sequence[torch.Tensor]) -> str:
+    """What a checkpoint belongs to: model, data, plan, settings and version."""
+    digest = hashlib.sha256()
+    for part in (onnx_eptq.__version__, job.plan.to_json(), job.config.model_dump_json()):
+        digest.update(part.encode())
+    digest.update(job.source.read_bytes() if isinstance(job.source, Path) else job.source.SerializeToString())
+    for tensor in samples:
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | None, phases: Phases) -> onnx.ModelProto:

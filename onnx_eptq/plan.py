@@ -24,7 +24,7 @@ from onnx_eptq.targets import Target
 PointRole = Literal["activation", "weight", "bias", "constant"]
 Limits = tuple[float | None, float | None]
 CONSTANT_BITS = 8  # operands such as positional embeddings; narrower ones cost accuracy and save nothing
-EDGE_BITS = 8  # the network's inputs and outputs: sensors and readers speak 8 bits
+EDGE_BITS = 8  # the network's inputs and outputs: sensors and readers speak 8 bits; and what `wide` names
 BIAS_BITS = 32
 
 
@@ -344,6 +344,19 @@ class _Planner:
             return f"read by {tensor.outputs[0].op} only"
         return None
 
+    def wide(self, tensor: gs.Tensor) -> bool:
+        """Whether the value keeps `EDGE_BITS` however narrow other activations are.
+
+        Network inputs and outputs; what only a Softmax, ArgMax or the like reads (ties would decide); and a linear operator's
+        output that only an Add reads: kernels fuse the two, and no narrow tensor lies between.
+        """
+        readers = tensor.outputs
+        if not tensor.inputs or id(tensor) in self.outputs:
+            return True
+        if readers and all(op_of(reader).squashes for reader in readers):
+            return True
+        return len(readers) == 1 and op_of(readers[0]).accumulates and role_of(tensor.inputs[0]) == "linear"
+
     def activation(self, tensor: gs.Tensor) -> None:
         if not is_float(tensor) or self.fused(tensor):
             return
@@ -360,8 +373,8 @@ class _Planner:
             self.plan[tied] = replace(self.plan[tied], whole_range=whole or self.plan[tied].whole_range)
             point = replace(self.plan[tied], value=tensor.name, tied_to=tied, moved=True)
         else:
-            edge = producer is None or id(tensor) in self.outputs
-            bits = self.bits(max(EDGE_BITS, self.rules.act_bits) if edge else self.rules.act_bits, tensor.name)
+            bits = self.rules.act_bits
+            bits = self.bits(max(EDGE_BITS, bits) if self.wide(tensor) else bits, tensor.name)
             point = QuantPoint(
                 tensor.name, Grid(bits, False), "activation", limits=_limits(producer), whole_range=whole
             )

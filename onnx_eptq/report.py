@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from onnx_eptq.eptq import Learning
 from onnx_eptq.plan import Plan, linear_layers
 from onnx_eptq.verify import Fidelity, Parity
 
@@ -95,6 +96,7 @@ class Report:
     bytes: int = 0
     parity: Parity | None = None
     fidelity: Fidelity | None = None
+    learning: Learning | None = None
     estimate: dict[str, float] | None = None
 
     def to_json(self) -> str:
@@ -123,6 +125,7 @@ class Report:
         yield from (f"warning    {warning}" for warning in self.warnings[:4])
         if self.estimate:
             yield f"estimate   {self.estimate['seconds']:.0f} s, {self.estimate['peak_mb']:.0f} MB"
+        yield from self._learned()
         if self.seconds:
             yield "time       " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         if self.bytes:
@@ -130,6 +133,18 @@ class Report:
         yield from self._verified()
         if self.output:
             yield f"written    {self.output}"
+
+    def _learned(self) -> Iterator[str]:
+        learning = self.learning
+        if learning is None:
+            return
+        steps = ", ".join(f"{name} {distance:.4g}" for name, distance in learning.distances.items())
+        yield f"learned    distance from the float model on held-out samples: {steps}; kept: {learning.kept}"
+        yield (
+            f"           {learning.steps} steps, {100 * learning.undecided:.1f} % of roundings undecided at the end, "
+            f"{learning.gap:+.2g} by deciding them; targets: {', '.join(learning.targets[:4])}"
+            + (f" and {len(learning.targets) - 4} more" if len(learning.targets) > 4 else "")
+        )
 
     def _verified(self) -> Iterator[str]:
         parity, fidelity = self.parity, self.fidelity
@@ -179,6 +194,11 @@ class Phases:
         else:
             yield from items
         self._done(name, start)
+
+    def note(self, text: str) -> None:
+        """Say something in between."""
+        if self.console:
+            self.console.print(text, highlight=False)
 
     def _done(self, name: str, start: float) -> None:
         spent = time.perf_counter() - start

@@ -16,8 +16,10 @@ import torch
 from onnx import numpy_helper, parser
 
 from onnx_eptq import graph as og
-from onnx_eptq.calibrate import Stats, calibrate, fit_biases, observe
+from onnx_eptq.calibrate import Stats, calibrate, feed, fit_biases, observe
+from onnx_eptq.eptq import Problem
 from onnx_eptq.grid import Quantized
+from onnx_eptq.methods import METHODS, Effort, Method
 from onnx_eptq.mirror import Mirror, build
 from onnx_eptq.plan import Layer, Plan, Rules, linear_layers, make_plan
 from onnx_eptq.prepare import prepare
@@ -449,6 +451,23 @@ def case(name: str, weight_bits: int = 8, act_bits: int = 8) -> Case:
     found = copy.copy(cached(name, weight_bits, act_bits))
     found.written = copy.deepcopy(found.written)
     return found
+
+
+def samples_of(found: Case, count: int = 48, seed: int = 1) -> list[torch.Tensor]:
+    """`count` random samples, one tensor per input."""
+    alone = found.proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value or count
+    parts = [feed(found.teacher, batch) for batch in feeds(found.proto, batch=alone, count=count // alone, seed=seed)]
+    return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+
+def problem(found: Case, method: str | Method, *, steps: int = 6, count: int = 48, **options: Any) -> Problem:
+    """What `eptq.Learner` needs to learn a tiny model."""
+    batch = found.proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 16
+    chosen = METHODS[method] if isinstance(method, str) else method
+    effort = Effort(steps, count, batch)
+    return Problem(
+        found.graph, found.plan, found.layers, found.teacher, samples_of(found, count), chosen, effort, **options
+    )
 
 
 def initializer(proto: onnx.ModelProto, name: str) -> onnx.TensorProto:

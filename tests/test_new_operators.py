@@ -104,7 +104,7 @@ def test_a_sensitive_operator_passes_all_stages(tmp_path, monkeypatch, name):
         quantize(proto, feeds(proto)[0], threads=1)
     monkeypatch.setitem(ops.OPS, name, Op(function, "sensitive"))
     samples = {key: np.concatenate([feed[key] for feed in feeds(proto, count=8)]) for key in feeds(proto)[0]}
-    result = quantize(proto, samples, tmp_path / "q.onnx", weight_bits=4, threads=1)
+    result = quantize(proto, samples, tmp_path / "q.onnx", weight_bits=4, steps=4, threads=1)
     assert result.plan.floats == floats
     assert result.report.coverage.complete
     assert result.report.fidelity.sqnr_db["y"] > 10

@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_eptq
-from onnx_eptq import Config, quantize, verify
+from onnx_eptq import Config, verify
 from onnx_eptq import graph as graphs
 from onnx_eptq.errors import (
     CoverageError,
@@ -31,6 +32,7 @@ from onnx_eptq.plan import Plan
 MODELS = Path(__file__).parents[1] / "models"
 DIGITS, CALIB = MODELS / "digits.onnx", MODELS / "digits_calib"
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+quantize = partial(onnx_eptq.quantize, method="rtn")  # learning has tests of its own
 
 
 @pytest.fixture(autouse=True)

@@ -374,9 +374,31 @@ def test_default_widths():
     plan = plan_of("residual", Rules(4, 5))
     assert {point.grid.bits for point in plan.values() if point.role == "weight"} == {4}
     narrow = {value for value, point in plan.items() if point.role == "activation" and point.grid.bits == 5}
-    assert {value for value, point in plan.items() if point.role == "activation"} - narrow == {"image", "logits"}
-    assert plan["image"].grid.bits == plan["logits"].grid.bits == 8
+    wide = {value for value, point in plan.items() if point.role == "activation"} - narrow
+    assert wide == {"image", "logits", "c"}  # c: from a convolution into an Add, which adds it in its accumulator
+    assert {plan[value].grid.bits for value in wide} == {8}
     assert {point.grid.bits for point in plan.values() if point.role == "bias"} == {32}
+
+
+WIDE = {  # what stands behind `a`, values of 8 bits among narrow ones: the network's ends are left out
+    "c = Conv(a, w1) d = Add(c, a) e = Relu(d) y = Conv(e, w1)": {"c"},
+    "c = Conv(a, w1) d = Add(c, a) e = Mul(c, d) y = Conv(e, w1)": set(),  # two readers
+    "c = Conv(a, w1) d = Mul(c, a) e = Relu(d) y = Conv(e, w1)": set(),  # no Add
+    "c = Mul(a, a) d = Add(c, a) e = Relu(d) y = Conv(e, w1)": set(),  # not linear
+    "c = Conv(a, w1) d = Softmax <axis=1> (c) y = Conv(d, w1)": {"c"},
+    "c = Mul(a, a) d = Softmax <axis=1> (c) y = Conv(d, w1)": {"c"},
+    "c = Conv(a, w1) d = Softmax <axis=1> (c) e = Mul(c, d) y = Conv(e, w1)": set(),
+}
+
+
+@pytest.mark.parametrize("text", WIDE)
+@pytest.mark.parametrize("bits", [3, 8])
+def test_values_that_no_narrow_kernel_stores_stay_wide(text, bits):
+    plan = make_plan(raw(body(text, w1=W(4, 4, 1, 1))), ORT_TARGET, Rules(4, bits))
+    ends = {"x", "y"}
+    inner = {v: p.grid.bits for v, p in plan.items() if p.role == "activation" and v not in ends}
+    assert {value for value, width in inner.items() if width == 8} == (WIDE[text] if bits == 3 else set(inner))
+    assert set(inner.values()) <= {bits, 8}
 
 
 def test_widths_by_pattern_of_layer_or_tensor_the_first_match_wins():

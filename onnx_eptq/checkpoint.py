@@ -1,0 +1,63 @@
+"""The state of a long run in one safetensors file, written atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from onnx_eptq.errors import OutputError, UsageError
+
+
+@dataclass
+class State:
+    """Tensors by name, and everything else as plain data."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names start with `prefix`, without it."""
+        return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
+
+
+def save(path: Path, state: State, fingerprint: str) -> None:
+    """Write the file beside its final place first: whoever is killed meanwhile keeps the earlier one."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.tensors.items()}
+    staged = path.with_name(path.name + ".part")
+    try:
+        save_file(tensors, staged, {"fingerprint": fingerprint, "facts": json.dumps(state.facts)})
+        staged.replace(path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            staged.unlink()
+        raise OutputError(
+            f"the checkpoint {path} cannot be written: {getattr(error, 'strerror', None) or error}"
+        ) from error
+
+
+def load(path: Path, fingerprint: str) -> State:
+    """Read what `save` wrote.
+
+    Raises:
+        UsageError: the file is no checkpoint, or one of another model, data or settings.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        facts = json.loads(metadata["facts"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UsageError(f"{path} is not a checkpoint that can be read ({error}); delete it and start anew") from error
+    if metadata.get("fingerprint") != fingerprint:
+        raise UsageError(
+            f"the checkpoint {path} belongs to another model, data, plan or settings; repeat them as they were, or start "
+            "anew without --resume"
+        )
+    return State(tensors, facts)

@@ -1,0 +1,356 @@
+"""A closed-form start for learning: layers are solved one after another, each making up for the errors before it.
+
+For each layer, from the input on, the weights that best turn the *quantized* network's values into the *float* network's
+output are found by ridge regression, and rounded column by column so that the columns still to come absorb each error
+(GPTQ, arXiv 2210.17323, with the asymmetric target of GPTAQ, arXiv 2504.02692). The bias takes the mean that is left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from onnx_eptq.calibrate import apply_linear
+from onnx_eptq.grid import Grid, round_half_even
+from onnx_eptq.mirror import Mirror, Quantizer
+from onnx_eptq.ops import op_of
+from onnx_eptq.plan import Layer, Plan
+
+DAMPING = 0.03  # of the mean diagonal: how strongly solved weights are drawn to the float ones
+FEW = 10.0  # how much more so when there are as few equations as unknowns
+SHARES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # of the calibrated scale that compete per channel
+LEAST_ROWS = 32768
+ROWS = 64  # equations per unknown that are gathered where the data has them
+SWEEPS = 4  # of coordinate descent
+BLOCK = 64  # columns between two updates of all that follow
+
+
+@dataclass
+class Moments:
+    """Sums over all output positions of one layer: inputs (columns) x and float outputs y, per group.
+
+    Shapes: xx [groups, K, K], yx [groups, R, K], x [groups, K], y [groups, R]; float64.
+    """
+
+    xx: Tensor
+    yx: Tensor
+    x: Tensor
+    y: Tensor
+    count: int = 0
+
+
+def group_count(layer: Layer) -> int:
+    """Groups of a convolution, 1 for any other layer."""
+    return int(layer.node.attrs.get("group", 1))
+
+
+def can_solve(layer: Layer) -> bool:
+    """Whether the layer's weight is a matrix (per group) with one row per output channel."""
+    return layer.axis is not None and (group_count(layer) == 1 or layer.axis == 0)
+
+
+Thinned = Callable[[Tensor, Tensor], Tensor]
+
+
+def columns(layer: Layer, x: Tensor, weight: Tensor, apply: Thinned | None = None) -> Tensor:
+    """What each output position reads, as [groups, K, positions]: the layer applied with unit weights.
+
+    `apply` computes fewer positions, as `thinned` returns it.
+    """
+    assert layer.axis is not None
+    apply = apply or partial(apply_linear, layer)
+    groups, unit = group_count(layer), weight.movedim(layer.axis, 0)[0]
+    eye = torch.eye(unit.numel(), dtype=x.dtype, device=x.device).reshape(-1, *unit.shape)
+    out = apply(x, eye.repeat(groups, *[1] * unit.ndim).movedim(0, layer.axis))
+    return out.movedim(layer.output_axis, 0).reshape(groups, unit.numel(), -1)
+
+
+def thinned(layer: Layer, every: int, first: int) -> Thinned | None:
+    """The layer at every `every`-th output position of each axis, from `first` on; None where it is no plain convolution."""
+    attributes = layer.node.attrs
+    if not op_of(layer.node).windows or attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return None
+    dims = len(layer.weight.shape) - 2
+    strides, pads = list(attributes.get("strides") or [1] * dims), list(attributes.get("pads") or [0] * 2 * dims)
+    begin = [pads[axis] - first * strides[axis] for axis in range(dims)]
+    edges = [edge for axis in reversed(range(dims)) for edge in (begin[axis], pads[dims + axis])]
+    changed = {
+        "strides": tuple(stride * every for stride in strides),
+        "dilations": tuple(attributes.get("dilations") or [1] * dims),
+        "group": group_count(layer),
+    }
+
+    def apply(x: Tensor, weight: Tensor) -> Tensor:
+        result: Tensor = op_of(layer.node).function(functional.pad(x, edges), weight, **changed)
+        return result
+
+    return apply
+
+
+def as_rows(layer: Layer, weight: Tensor) -> Tensor:
+    """The weight as [groups, R, K]."""
+    assert layer.axis is not None
+    moved = weight.movedim(layer.axis, 0)
+    return moved.reshape(group_count(layer), len(moved) // group_count(layer), -1)
+
+
+def from_rows(layer: Layer, rows: Tensor, weight: Tensor) -> Tensor:
+    """The inverse of `as_rows`, shaped like `weight`."""
+    assert layer.axis is not None
+    return rows.reshape(weight.movedim(layer.axis, 0).shape).movedim(0, layer.axis)
+
+
+def gather(layer: Layer, pairs: Iterable[tuple[Tensor, Tensor]], weight: Tensor, samples: int) -> Moments:
+    """Sum the moments over pairs (input of the quantized network, output of the float network without its bias).
+
+    Of convolutions with more positions in all samples than equations are needed, only some are read, others in each batch.
+    """
+    groups, outputs, unknowns = as_rows(layer, weight).shape
+    shapes = (groups, unknowns, unknowns), (groups, outputs, unknowns), (groups, unknowns), (groups, outputs)
+    xx, yx, x_sum, y_sum = (torch.zeros(shape, dtype=torch.float64, device=weight.device) for shape in shapes)
+    moments = Moments(xx, yx, x_sum, y_sum)
+    for index, (x, y) in enumerate(pairs):
+        wanted = max(ROWS * unknowns, LEAST_ROWS)
+        positions = y.numel() // y.shape[layer.output_axis] // len(y) * samples
+        every = math.isqrt(positions // wanted) if positions > wanted and y.ndim == 4 else 1
+        offset = index % every
+        apply = thinned(layer, every, offset) if every > 1 and min(y.shape[2:]) > offset else None
+        if apply is not None:
+            y = y[:, :, offset::every, offset::every]
+        cols = columns(layer, x, weight, apply)
+        target = y.movedim(layer.output_axis, 0).reshape(groups, outputs, -1)
+        moments.xx += (cols @ cols.mT).double()
+        moments.yx += (target @ cols.mT).double()
+        moments.x += cols.sum(2).double()
+        moments.y += target.sum(2).double()
+        moments.count += cols.shape[2]
+    return moments
+
+
+def solve(rows: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Ridge regression drawn to `rows`: the best weights [groups, R, K] and the damped covariance [groups, K, K]."""
+    mean_x, mean_y = moments.x / moments.count, moments.y / moments.count
+    xx = moments.xx / moments.count - mean_x[:, :, None] * mean_x[:, None, :]
+    yx = moments.yx / moments.count - mean_y[:, :, None] * mean_x[:, None, :]
+    size = xx.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
+    share = DAMPING * (1 + FEW * rows.shape[2] / moments.count)
+    damped = xx + (share * size)[:, None, None] * torch.eye(rows.shape[2], dtype=xx.dtype, device=xx.device)
+    return rows + torch.linalg.solve(damped, (yx - rows @ xx).mT).mT, damped
+
+
+def round_columns(rows: Tensor, covariance: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Round [groups, R, K] column by column, later columns absorbing each error; returns (latent weights, error per row).
+
+    The latent weights are what was rounded: they lie in the cells of the codes that were chosen.
+    """
+    unknowns = rows.shape[2]
+    order = covariance.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
+    permuted = covariance.gather(1, order[:, :, None].expand_as(covariance)).gather(
+        2, order[:, None, :].expand_as(covariance)
+    )
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(permuted))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    work = rows.gather(2, order[:, None, :].expand_as(rows)).clone()
+    latent, error = torch.empty_like(work), torch.zeros_like(scale)
+    for start in range(0, unknowns, BLOCK):
+        stop = min(start + BLOCK, unknowns)
+        errors = torch.empty_like(work[:, :, start:stop])
+        for j in range(start, stop):
+            w = work[:, :, j]
+            latent[:, :, j] = w
+            code = torch.clamp(round_half_even(w / scale), grid.qmin, grid.qmax)
+            e = (w - code * scale) / upper[:, j, j, None]
+            errors[:, :, j - start] = e
+            work[:, :, j + 1 : stop] -= e[:, :, None] * upper[:, None, j, j + 1 : stop]
+        error += errors.square().sum(2)
+        work[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
+    back = order.argsort(1)[:, None, :].expand_as(latent)
+    return latent.gather(2, back), error
+
+
+def best_scale(rows: Tensor, covariance: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Latent weights and scales [groups, R] of least error, row by row, among `SHARES` of `scale`."""
+    groups, outputs, _ = rows.shape
+    shares = torch.tensor(SHARES, dtype=rows.dtype, device=rows.device)
+    scales = (scale[:, None, :] * shares[:, None]).reshape(groups, -1)
+    latent, error = round_columns(rows.repeat(1, len(SHARES), 1), covariance, scales, grid)
+    best = error.reshape(groups, len(SHARES), outputs).argmin(1)
+    index = best * outputs + torch.arange(outputs, device=best.device)
+    return latent.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2])), scales.gather(1, index)
+
+
+def descend(latent: Tensor, target: Tensor, covariance: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Coordinate descent on the codes of `latent` and, between sweeps, on the scales; never raises the error.
+
+    The error of a row is (w - s q) C (w - s q)', with w of `target` and C the covariance. Returns (latent weights, scales).
+    """
+    codes = torch.clamp(round_half_even(latent / scale[..., None]), grid.qmin, grid.qmax)
+    diagonal = covariance.diagonal(dim1=1, dim2=2)[:, None, :].clamp(min=1e-30)
+    product = target @ covariance
+    for _ in range(SWEEPS):
+        response = codes @ covariance
+        fitted = (codes * product).sum(2) / (codes * response).sum(2).clamp(min=1e-30)
+        scale = torch.where(fitted > 0.5 * scale, fitted, scale)
+        gradient = product / scale[..., None] - response
+        changed = False
+        for start in range(0, codes.shape[2], BLOCK):
+            stop = min(start + BLOCK, codes.shape[2])
+            steps = torch.zeros_like(codes[:, :, start:stop])
+            for j in range(start, stop):
+                old = codes[:, :, j]
+                best = torch.clamp(round_half_even(old + gradient[:, :, j] / diagonal[:, :, j]), grid.qmin, grid.qmax)
+                step = best - old
+                steps[:, :, j - start] = step
+                codes[:, :, j] = best
+                gradient[:, :, start:stop] -= step[:, :, None] * covariance[:, None, j, start:stop]
+            moved = steps @ covariance[:, start:stop]
+            gradient[:, :, :start] -= moved[:, :, :start]
+            gradient[:, :, stop:] -= moved[:, :, stop:]
+            changed = changed or bool(steps.any())
+        if not changed:
+            break
+    lean = (gradient / diagonal).clamp(-0.49, 0.49)
+    return (codes + lean) * scale[..., None], scale
+
+
+class Lockstep:
+    """Runs an fx module node by node over many batches at once, so that a node can change before it is run."""
+
+    def __init__(self, module: Mirror, batches: Sequence[Sequence[Tensor]]) -> None:
+        self.module, self.nodes, self.at = module, list(module.graph.nodes), 0
+        self.constant = constant_nodes(module)
+        self.last_use = last_uses(self.nodes, self.constant)
+        places = [node for node in self.nodes if node.op == "placeholder"]
+        self.environments: list[dict[fx.Node, Any]] = [dict(zip(places, batch, strict=True)) for batch in batches]
+        self.by_name = {node.meta["onnx"]: node for node in self.nodes if "onnx" in node.meta}
+
+    def source_of(self, name: str, index: int) -> fx.Node:
+        """Run up to the ONNX node `name`; returns the fx node of its input `index`."""
+        stop = self.by_name[name]
+        self.until(stop)
+        source = stop.args[index]
+        assert isinstance(source, fx.Node)
+        return source
+
+    def value(self, node: fx.Node, environment: Mapping[fx.Node, Any]) -> Any:
+        """A node's value in one batch; what depends on constants alone is computed anew, as it may have changed."""
+        if node in environment:
+            return environment[node]
+        if node.op == "get_attr":
+            return reduce(getattr, str(node.target).split("."), self.module)
+        return self._execute(node, environment)
+
+    def _execute(self, node: fx.Node, environment: Mapping[fx.Node, Any]) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: self.value(source, environment))
+        function: Any = self.module.get_submodule(node.target) if isinstance(node.target, str) else node.target
+        return function(*args, **kwargs)
+
+    def until(self, stop: fx.Node) -> None:
+        """Run every node before `stop` (in the module's order), batch by batch, and forget what no later node reads."""
+        start, self.at = self.at, self.nodes.index(stop)
+        nodes = [
+            node
+            for node in self.nodes[start : self.at]
+            if node not in self.constant and node.op not in ("placeholder", "output")
+        ]
+        for environment in self.environments:
+            for node in nodes:
+                environment[node] = self._execute(node, environment)
+                for source in node.all_input_nodes:
+                    if self.last_use.get(source) is node:
+                        del environment[source]
+
+
+def constant_nodes(module: fx.GraphModule) -> set[fx.Node]:
+    """Nodes that no input reaches."""
+    found: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.op == "get_attr" or (
+            node.op not in ("placeholder", "output") and all(n in found for n in node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
+
+
+@torch.no_grad()
+def compensate(
+    student: Mirror, teacher: Mirror, plan: Plan, layers: Sequence[Layer], batches: Sequence[Sequence[Tensor]]
+) -> list[str]:
+    """Set weights, weight scales and biases of the student layer by layer, from the input on.
+
+    The weight constants become latent weights: numbers whose rounding gives the chosen codes. Weights that several layers
+    share are solved for the first of them.
+
+    Args:
+        student: the quantized mirror; changed in place.
+        teacher: the float mirror of the same graph.
+        plan: where the student's quantizers sit.
+        layers: the graph's linear layers, in execution order.
+        batches: network inputs, one sequence of tensors per batch; all batches are held at once.
+
+    Returns:
+        The names of the weights that were solved.
+    """
+    ours, theirs = Lockstep(student, batches), Lockstep(teacher, batches)
+    solved: list[str] = []
+    for layer in layers:
+        if layer.weight.name in plan and layer.weight.name not in solved and can_solve(layer):
+            weight = teacher.constant(layer.weight.name)
+            moments = gather(
+                layer, _pairs(layer, ours, theirs, weight), weight, sum(len(batch[0]) for batch in batches)
+            )
+            _settle(layer, student, teacher, moments)
+            solved.append(layer.weight.name)
+    return solved
+
+
+def _pairs(layer: Layer, ours: Lockstep, theirs: Lockstep, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per batch: what the layer reads in the quantized network, and its output in the float one, without its bias."""
+    index = next(i for i, tensor in enumerate(layer.node.inputs) if tensor is layer.source)
+    quantized, exact = (steps.source_of(layer.node.name, index) for steps in (ours, theirs))
+    for mine, its in zip(ours.environments, theirs.environments, strict=True):
+        yield ours.value(quantized, mine), apply_linear(layer, theirs.value(exact, its), weight)
+
+
+def _settle(layer: Layer, student: Mirror, teacher: Mirror, moments: Moments) -> None:
+    """Solve and round one layer, and give its bias the mean error that is left."""
+    weight, quantizer = teacher.constant(layer.weight.name), student.quantizer(layer.weight.name)
+    assert isinstance(quantizer, Quantizer)
+    grid = quantizer.point.grid
+    rows, covariance = solve(as_rows(layer, weight).double(), moments)
+    start = quantizer.scale.double().expand(
+        weight.shape[grid.axis] if grid.axis is not None else rows.shape[:2].numel()
+    )
+    latent, scale = best_scale(rows, covariance, start.reshape(rows.shape[:2]), grid)
+    latent, scale = descend(latent, rows, covariance, scale, grid)
+    student.constant(layer.weight.name).copy_(from_rows(layer, latent.float(), weight))
+    quantizer.scale.copy_(scale.reshape(quantizer.scale.shape).float())
+    if layer.bias is not None:
+        rounded = as_rows(layer, quantizer(student.constant(layer.weight.name))).double()
+        shift = (moments.y - (rounded @ moments.x[:, :, None])[:, :, 0]) / moments.count
+        bias = student.constant(layer.bias.name)
+        bias.copy_(teacher.constant(layer.bias.name) + shift.reshape(bias.shape).float())
+
+
+def last_uses(nodes: Sequence[fx.Node], constant: set[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """The last node, in order, that reads each value which depends on the inputs."""
+    return {source: node for node in nodes for source in node.all_input_nodes if source not in constant}
+
+
+@torch.no_grad()
+def held_bytes(mirror: Mirror, layers: Sequence[Layer], inputs: Sequence[Tensor]) -> int:
+    """Bytes per sample that `compensate` holds at most, in both mirrors: what is alive whenever a layer is solved."""
+    steps = Lockstep(mirror, [inputs])
+    most = 0
+    for layer in layers:
+        steps.until(steps.by_name[layer.node.name])
+        alive = (x for x in steps.environments[0].values() if isinstance(x, Tensor))
+        most = max(most, sum(x.numel() * x.element_size() for x in alive))
+    return 2 * most // max(1, len(inputs[0]))

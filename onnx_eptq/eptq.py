@@ -1,0 +1,694 @@
+"""Learning: the quantized network is distilled from the float one, stage by stage and piece by piece.
+
+A method (`methods.METHODS`) is a start and a list of stages; a stage has a scope (`pieces.SCOPES`), a rounding
+(`rounding.ROUNDINGS`) and a loss. The student is always a plain mirror between two pieces: learned quantizers stand in only
+while their piece learns, and are then baked into constants and scales.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_graphsurgeon as gs
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onnx_eptq import checkpoint, hessian, pieces
+from onnx_eptq.calibrate import fit_biases
+from onnx_eptq.checkpoint import State
+from onnx_eptq.compensate import compensate
+from onnx_eptq.grid import along, flat
+from onnx_eptq.methods import Effort, Method, Stage
+from onnx_eptq.mirror import BiasQuantizer, Mirror, Quantizer
+from onnx_eptq.pieces import Piece
+from onnx_eptq.plan import Layer, Plan
+from onnx_eptq.rounding import (
+    ROUNDINGS,
+    ActivationQuantizer,
+    LearnedBias,
+    LearnedScale,
+    WeightQuantizer,
+    annealed_beta,
+    cosine,
+)
+
+HELD_SHARE, HELD_MOST, HELD_LEAST = 8, 128, 8  # one sample in eight is held out to judge by, within these bounds
+CHECKS = 8  # times per network-wide stage that the held-out samples are looked at
+CURVE = 50  # points of a recorded loss curve
+INTERVAL = 20.0  # seconds between checkpoints: what a killed run loses at most
+HESSIAN_SAMPLES = 64
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Problem:
+    """What learning reads: the graph, its plan and layers, the float teacher, and samples (one tensor per input)."""
+
+    graph: gs.Graph
+    plan: Plan
+    layers: Sequence[Layer]
+    teacher: Mirror
+    samples: list[Tensor]
+    method: Method
+    effort: Effort
+    seed: int = 0
+    multiple: int = 1  # the model takes multiples of so many samples
+    exact: bool = False  # and no more at a time; the effort's batch is then as large
+    cache_bytes: int = 2**30
+    compile: bool = False
+    bf16: bool = False
+
+
+@dataclass
+class Learning:
+    """What learning has to say: held-out distances (0: as the float model), rest of soft rounding, loss curves."""
+
+    distances: dict[str, float] = field(default_factory=dict)
+    kept: str = "rtn"
+    undecided: float = 0.0
+    gap: float = 0.0
+    targets: list[str] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+class Judge:
+    """Distance of a student from the teacher on held-out samples.
+
+    Per learning target: the error's share of power, and the divergence of its distribution where it holds one.
+    """
+
+    def __init__(self, teacher: Mirror, targets: Sequence[str], samples: list[Tensor], batch: int) -> None:
+        self.targets, self.samples, self.batch = targets, samples, batch
+        self.expected = self._outputs(teacher)
+
+    @torch.no_grad()
+    def _outputs(self, mirror: Mirror) -> list[Tensor]:
+        raw = pieces.raw_nodes(mirror)
+        run = pieces.function(mirror, pieces.placeholders(mirror), [raw[name] for name in self.targets])
+        count = len(self.samples[0])
+        parts = [run(*[x[i : i + self.batch] for x in self.samples]) for i in range(0, count, self.batch)]
+        return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+    def distance(self, student: Mirror) -> float:
+        """0 when the student's outputs are the teacher's; infinite when they are no numbers."""
+        total = 0.0
+        for expected, found in zip(self.expected, self._outputs(student), strict=True):
+            total += float((expected - found).square().mean() / expected.square().mean().clamp(min=1e-20))
+            if is_distribution(expected):
+                total += float(divergence(found, expected))
+        return total if math.isfinite(total) else math.inf
+
+
+def is_distribution(z: Tensor) -> bool:
+    """Whether an output looks like one score per class: [samples, classes], with any further axes of size 1."""
+    return z.ndim >= 2 and z.shape[1] > 1 and z[0].numel() == z.shape[1]
+
+
+def divergence(found: Tensor, expected: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of softmax(found) from softmax(expected), mean over samples."""
+    return F.kl_div(
+        F.log_softmax(found.flatten(1), 1),
+        F.log_softmax(expected.flatten(1), 1),
+        log_target=True,
+        reduction="batchmean",
+    )
+
+
+def split(samples: Sequence[Tensor], seed: int, multiple: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+    """Samples to learn from and samples to judge by, multiples of `multiple`; with very few samples, both are all of them."""
+    count = len(samples[0]) // multiple * multiple
+    held = -(-min(max(count // HELD_SHARE, HELD_LEAST), HELD_MOST) // multiple) * multiple
+    order = torch.randperm(len(samples[0]), generator=torch.Generator().manual_seed(seed))[:count]
+    if held * 2 > count:
+        return [x[order] for x in samples], [x[order] for x in samples]
+    return [x[order[held:]] for x in samples], [x[order[:held]] for x in samples]
+
+
+@dataclass
+class Parts:
+    """The learned quantizers of a piece, by planned value."""
+
+    weights: dict[str, WeightQuantizer] = field(default_factory=dict)
+    biases: dict[str, LearnedBias] = field(default_factory=dict)
+    activations: dict[str, ActivationQuantizer] = field(default_factory=dict)
+
+    def groups(self, stage: Stage) -> list[dict[str, Any]]:
+        """Parameter groups of the optimiser; parameters that are not learned get no gradient."""
+        rounding = [p for w in self.weights.values() for name, p in w.named_parameters() if name != "log_factor"]
+        by_rate = [
+            (rounding, stage.weight_rate),
+            ([w.log_factor for w in self.weights.values()], stage.scale_rate),
+            ([b.shift for b in self.biases.values()], stage.bias_rate),
+            ([a.log_factor for a in self.activations.values()], stage.step_rate),
+        ]
+        for parameters, rate in by_rate:
+            for parameter in parameters:
+                parameter.requires_grad_(rate > 0)
+        return [{"params": params, "lr": rate, "peak": rate} for params, rate in by_rate if params and rate > 0]
+
+    def judged(self, hard: bool) -> None:
+        """Quantize as the written file will (`hard`), or as learning does."""
+        for weight in self.weights.values():
+            weight.hardened = hard
+
+    def schedule(self, stage: Stage, done: float) -> None:
+        """Set how much of each activation is quantized; `done` is the share of the steps taken, 1 at the end."""
+        share = {"all": 1.0, "gradual": done, "drop": 1.0 if done >= 1 else 0.5}[stage.activations]
+        for quantizer in self.activations.values():
+            quantizer.share, quantizer.drop = share, stage.activations == "drop"
+
+
+def install(student: Mirror, problem: Problem, piece: Piece, stage: Stage, nodes: set[Any], done: set[str]) -> Parts:
+    """Put learned quantizers in place of the piece's plain ones, except those that an earlier piece has learned."""
+    parts, plan = Parts(), problem.plan
+    units = _units(problem, piece)
+    for layer in piece.layers:
+        weight = layer.weight.name
+        if weight in plan and weight not in parts.weights and weight not in done:
+            quantizer = student.quantizer(weight)
+            assert isinstance(quantizer, Quantizer)
+            parts.weights[weight] = ROUNDINGS[stage.rounding](quantizer, student.constant(weight))
+        bias = layer.bias.name if layer.bias is not None else ""
+        if bias in plan and bias not in parts.biases and bias not in done:
+            plain = student.quantizer(bias)
+            assert isinstance(plain, BiasQuantizer)
+            parts.biases[bias] = LearnedBias(plain, student.constant(bias), units[layer.output.name])
+    used = {node.target for node in nodes if node.op == "call_module"}
+    for value, name in student.quantizers.items():
+        module = student.quantizer(value)
+        if name in used and isinstance(module, Quantizer) and module.point.role == "activation" and value not in done:
+            parts.activations[value] = ActivationQuantizer(module)
+    for value, learned in {**parts.weights, **parts.biases, **parts.activations}.items():
+        student.replace(value, learned)
+    return parts
+
+
+@torch.no_grad()
+def _units(problem: Problem, piece: Piece) -> dict[str, float]:
+    """The root mean square of each layer's float output, on a few samples."""
+    raw = pieces.raw_nodes(problem.teacher)
+    names = [layer.output.name for layer in piece.layers]
+    run = pieces.function(problem.teacher, pieces.placeholders(problem.teacher), [raw[name] for name in names])
+    few = [x[: problem.effort.batch] for x in problem.samples]
+    return {
+        name: float(value.square().mean().sqrt().clamp(min=1e-6)) for name, value in zip(names, run(*few), strict=True)
+    }
+
+
+@torch.no_grad()
+def baked_state(student: Mirror) -> Tensors:
+    """The state that the student has as a plain mirror: constants on their grids, learned scales."""
+    state = {key: value.clone() for key, value in student.state_dict().items()}
+    for value, name in student.quantizers.items():
+        module = student.quantizer(value)
+        if isinstance(module, LearnedBias | LearnedScale):
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
+        if isinstance(module, LearnedBias):
+            state[student.constants[value]] = module.shifted(student.constant(value)).clone()
+        if isinstance(module, LearnedScale):
+            scale = module.scale.clone()
+            state |= {f"{name}.scale": scale, f"{name}.zero_point": module.zero_point.clone()}
+            if isinstance(module, WeightQuantizer):
+                constant = student.constant(value)
+                state[student.constants[value]] = module.hard() * along(scale, module.point.grid.axis, constant.ndim)
+    return state
+
+
+@torch.no_grad()
+def bake(student: Mirror, plan: Plan) -> None:
+    """Turn all learned quantizers back into constants on their grids and plain quantizers with the learned scales."""
+    state = baked_state(student)
+    for value in student.quantizers:
+        module = student.quantizer(value)
+        if isinstance(module, LearnedBias):
+            student.replace(value, BiasQuantizer(module.point))
+        elif isinstance(module, LearnedScale):
+            student.replace(value, Quantizer(module.point, module.qparams))
+    student.load_state_dict(state)
+    fit_biases(student, plan)
+
+
+def _coefficients(
+    problem: Problem, stage: Stage, values: Sequence[Tensor], layers: Sequence[Layer]
+) -> list[float | Tensor]:
+    """Per compared value, what its mean squared error counts: one number, or one per sample."""
+    n = len(values)
+    power = [1 / (n * max(float(value.square().mean()), 1e-20)) for value in values]
+    if stage.weighting == "none" or n == 0:
+        return [stage.features * c for c in power]
+    if stage.weighting == "mse" or len(layers) != n:
+        return [stage.features * _channels(value) for value in values]
+    raw = problem.samples
+    if stage.weighting == "lfh":
+        wanted = -(-HESSIAN_SAMPLES // problem.multiple) * problem.multiple
+        few = hessian.sample_ids(len(raw[0]), wanted, problem.seed)
+        traces, _ = hessian.label_free_hessian(
+            problem.teacher, problem.graph, layers, [x[few] for x in raw], batch=problem.effort.batch, seed=problem.seed
+        )
+        weights = hessian.log_normalised(traces)
+        return [stage.features * weights[layer.output.name] for layer in layers]
+    _, scores = hessian.label_free_hessian(
+        problem.teacher, problem.graph, layers, raw, batch=problem.effort.batch, seed=problem.seed
+    )
+    if stage.last == "cap":
+        scores = hessian.capped(scores, hessian.learning_targets(problem.graph))
+    most = max(float(score.mean()) for score in scores.values()) or 1.0
+    return [
+        (stage.features * _channels(value) / most * scores[layer.output.name]).float().to(value.device)
+        for layer, value in zip(layers, values, strict=True)
+    ]
+
+
+def _channels(value: Tensor) -> float:
+    return float(value.shape[1]) if value.ndim > 1 else 1.0
+
+
+class _SquaredError(torch.autograd.Function):
+    """factor * mean((a - b) ** 2) in half the memory traffic of torch's own, whose gradient allocates once more."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, factor: float) -> Tensor:
+        difference = a - b
+        ctx.save_for_backward(difference)
+        ctx.factor = factor / max(1, difference.numel())
+        total: Tensor = torch.dot(flat(difference), flat(difference)) * ctx.factor
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (difference,) = ctx.saved_tensors
+        return difference * (2 * ctx.factor * gradients[0]), None, None
+
+
+def squared_error(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """Factor * mean((a - b) ** 2)."""
+    error: Tensor = _SquaredError.apply(a.float(), b, factor)  # type: ignore[no-untyped-call]
+    return error
+
+
+class _Order:
+    """Sample indices of one batch after another: every sample once before any comes again."""
+
+    def __init__(self, count: int, batch: int, seed: int) -> None:
+        self.count, self.batch = count, min(batch, count)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.left = torch.empty(0, dtype=torch.long)
+
+    def next(self) -> Tensor:
+        while len(self.left) < self.batch:
+            self.left = torch.cat([self.left, torch.randperm(self.count, generator=self.generator)])
+        batch, self.left = self.left[: self.batch], self.left[self.batch :]
+        return batch
+
+
+class _Piece:
+    """One piece while it learns: its functions, learned quantizers, targets and optimiser."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        student: Mirror,
+        stage: Stage,
+        piece: Piece,
+        first: bool,
+        ours: Mapping[str, Tensor],
+        theirs: Mapping[str, Tensor],
+        done: set[str],
+    ) -> None:
+        self.problem, self.stage = problem, stage
+        teacher, whole = problem.teacher, stage.scope == "network"
+        mine, its = pieces.raw_nodes(student), pieces.raw_nodes(teacher)
+        inputs = [pieces.input_nodes(mirror, piece.inputs, first) for mirror in (student, teacher)]
+        targets = [t for t in hessian.learning_targets(problem.graph) if whole or t in _inside(problem.graph, piece)]
+        self.layers = [layer for layer in piece.layers if layer.output.name in its] if whole and stage.features else []
+        compared = [layer.output.name for layer in self.layers]
+        self.distributions = len(targets) if whole and stage.kl else 0
+        ends = [pieces.final_nodes(mirror) for mirror in (student, teacher)]
+        crossing = (
+            [] if whole else [name for name in piece.outputs if name not in {t.name for t in problem.graph.outputs}]
+        )
+        wanted = [*compared, *(targets if self.distributions or not whole else [])]
+        outputs = [
+            [*(raw[name] for name in wanted), *(final[name] for name in crossing)]
+            for raw, final in zip((mine, its), ends, strict=True)
+        ]
+        nodes = pieces.needed_nodes(inputs[0], outputs[0])
+        self.parts = install(student, problem, piece, stage, nodes, done)
+        self.student = pieces.function(student, inputs[0], outputs[0])
+        self.teacher = pieces.function(teacher, inputs[1], outputs[1])
+        self.ours, self.theirs = ([kept[name] for name in piece.inputs] for kept in (ours, theirs))
+        if first:
+            self.ours = self.theirs = list(problem.samples)
+        self.cache = self._cached()
+        few = self._expected(torch.arange(min(problem.effort.batch, len(self.ours[0]))))
+        self.coefficients = _coefficients(problem, stage, few[: len(few) - self.distributions], self.layers)
+        self.penalties = self._penalties()
+        groups = self.parts.groups(stage)
+        self.optimizer = optimizer(stage.optimizer, groups) if groups else None
+        if problem.compile:
+            self.student = torch.compile(self.student)
+
+    @torch.no_grad()
+    def _cached(self) -> list[Tensor] | None:
+        """The teacher's values for all samples, if they fit."""
+        batch, count = self.problem.effort.batch, len(self.theirs[0])
+        first = self.teacher(*[x[:batch] for x in self.theirs])
+        size = sum(value.numel() * value.element_size() for value in first) / min(batch, count) * count
+        if size > self.problem.cache_bytes or any(len(value) != min(batch, count) for value in first):
+            return None
+        kept = [value[:1].expand(count, *value.shape[1:]).clone(memory_format=_layout(value)) for value in first]
+        for start in range(0, count, batch):
+            for place, value in zip(kept, self.teacher(*[x[start : start + batch] for x in self.theirs]), strict=True):
+                place[start : start + batch] = value
+        return kept
+
+    @torch.no_grad()
+    def _expected(self, index: Tensor) -> Sequence[Tensor]:
+        if self.cache is not None:
+            return [value[index] for value in self.cache]
+        return self.teacher(*[x[index] for x in self.theirs])
+
+    def _penalties(self) -> dict[str, float]:
+        """What each weight's regulariser counts: as much as its layer's error under sla, else the same."""
+        factor = self.stage.regularizer
+        if self.stage.weighting != "sla":
+            return dict.fromkeys(self.parts.weights, factor)
+        means = {
+            layer.weight.name: float(c.mean())
+            for layer, c in zip(self.layers, self.coefficients, strict=True)
+            if isinstance(c, Tensor)
+        }
+        most = max(means.values(), default=1.0) or 1.0
+        return {name: factor * means.get(name, most) / most for name in self.parts.weights}
+
+    def inputs(self, index: Tensor) -> list[Tensor]:
+        """What the piece is fed: the quantized network's values, under QDrop mixed with the float network's."""
+        ours = [x[index] for x in self.ours]
+        if self.stage.activations != "drop":
+            return ours
+        pairs = zip(ours, (x[index] for x in self.theirs), strict=True)
+        return [a if a is b else torch.where(torch.rand_like(a) < 0.5, a, b) for a, b in pairs]
+
+    def loss(self, index: Tensor, step: int, steps: int) -> Tensor:
+        """The loss of one batch."""
+        expected = self._expected(index)
+        with torch.autocast(self.ours[0].device.type, torch.bfloat16, enabled=self.problem.bf16):
+            found = self.student(*self.inputs(index))
+        total = torch.zeros((), device=self.ours[0].device)
+        plain = len(found) - self.distributions
+        for a, b, c in zip(found[:plain], expected[:plain], self.coefficients, strict=True):
+            if isinstance(c, float):
+                total = total + squared_error(a, b, c)
+            else:
+                total = total + (c[index] * (a.float() - b).square().reshape(len(index), -1).mean(1)).mean()
+        for a, b in zip(found[plain:], expected[plain:], strict=True):
+            if is_distribution(b):
+                total = total + self.stage.kl * divergence(a.float(), b)
+            else:
+                total = total + self.stage.kl * F.mse_loss(a.float(), b) / b.square().mean().clamp(min=1e-20)
+        beta = annealed_beta(step, steps)
+        for name, weight in self.parts.weights.items():
+            penalty = weight.regularizer(beta)
+            if penalty is not None:
+                total = total + self.penalties[name] * penalty
+        return total
+
+    def step(self, index: Tensor, step: int, steps: int) -> Tensor:
+        """One step of learning; returns the loss before it."""
+        assert self.optimizer is not None
+        factor = 1.0 if self.stage.constant else cosine(step, steps, min(20, steps // 10))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        self.parts.schedule(self.stage, step / steps)
+        loss = self.loss(index, step, steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        for weight in self.parts.weights.values():
+            weight.project()
+        return loss.detach()
+
+    def undecided(self) -> tuple[int, int]:
+        counts = [weight.undecided() for weight in self.parts.weights.values()]
+        return sum(count for count, _ in counts), sum(total for _, total in counts)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """How a copy is laid out so that it meets x element by element in memory."""
+    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimiser of a stage; Adam updates all parameters in one kernel."""
+    return torch.optim.RAdam(groups) if name == "radam" else torch.optim.Adam(groups, fused=True)
+
+
+def _inside(graph: gs.Graph, piece: Piece) -> set[str]:
+    """Names of all values made between the piece's inputs and outputs."""
+    tensors, found = graph.tensors(), set()
+    stack = list(piece.outputs)
+    while stack:
+        name = stack.pop()
+        if name in found or name in piece.inputs:
+            continue
+        found.add(name)
+        for node in tensors[name].inputs:
+            stack += [
+                tensor.name for tensor in node.inputs if isinstance(tensor, gs.Variable) and not tensor.is_empty()
+            ]
+    return found
+
+
+class Learner:
+    """A whole run of learning, as an iterator over its steps; the student is plain and final when it ends.
+
+    Args:
+        problem: what to learn from.
+        student: the plainly rounded student; changed in place.
+        saved: where checkpoints go (None: nowhere), and the fingerprint that makes them this run's.
+        resume: the state to go on from.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        student: Mirror,
+        saved: tuple[Path, str] | None = None,
+        resume: State | None = None,
+    ) -> None:
+        self.problem, self.student, self.saved, self.resume = problem, student, saved, resume
+        self.learning = Learning(targets=hessian.learning_targets(problem.graph))
+        problem.samples, held = split(problem.samples, problem.seed, problem.multiple)
+        self.judge = Judge(problem.teacher, self.learning.targets, held, problem.effort.batch)
+        self.best: Tensors = {}
+        self.stage = self.piece = self.step = 0
+        self.running: _Piece | None = None
+        self.pieces = [self._pieces(stage) for stage in problem.method.stages]
+        self.total = sum(self.steps_of(i) * sum(bool(p.layers) for p in found) for i, found in enumerate(self.pieces))
+        self.saved_at = time.monotonic()
+
+    def _pieces(self, stage: Stage) -> list[Piece]:
+        problem, allowed = self.problem, set()
+        if stage.scope != "network" and not problem.exact:
+            allowed = pieces.allowed_cuts(problem.graph, problem.teacher, problem.samples, problem.multiple)
+        return pieces.pieces(problem.graph, problem.layers, stage.scope, allowed)
+
+    def steps_of(self, stage: int) -> int:
+        """Steps that each piece of a stage learns."""
+        return max(1, round(self.problem.effort.steps * self.problem.method.stages[stage].share))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the loss of each step."""
+        started = time.monotonic()
+        try:
+            if self.resume:
+                self._restore(self.resume)
+            else:
+                self._start()
+                self.save()
+            for stage in range(self.stage, len(self.problem.method.stages)):
+                self.stage = stage
+                yield from self._stage()
+                self.piece = 0
+            self.stage = len(self.problem.method.stages)
+            self.student.load_state_dict(self.best)
+            self.save()
+        finally:
+            self.learning.seconds += time.monotonic() - started
+
+    def _start(self) -> None:
+        """Judge plain rounding, then begin where the method begins."""
+        problem, student = self.problem, self.student
+        self._keep("rtn")
+        if problem.method.start == "float":
+            with torch.no_grad():
+                for layer in problem.layers:
+                    if layer.bias is not None and layer.bias.name in problem.plan:
+                        student.constant(layer.bias.name).copy_(problem.teacher.constant(layer.bias.name))
+        elif problem.method.start == "compensated":
+            batch = problem.effort.batch
+            few = max(1, problem.effort.samples // batch) * batch
+            chosen = [x[:few] for x in problem.samples]
+            batches = [[x[i : i + batch] for x in chosen] for i in range(0, len(chosen[0]), batch)]
+            compensate(student, problem.teacher, problem.plan, problem.layers, batches)
+            fit_biases(student, problem.plan)
+            self._keep("compensated")
+
+    def _keep(self, name: str) -> None:
+        """Judge the student as it is, and remember it if none was better."""
+        distance = self.judge.distance(self.student)
+        best = min(self.learning.distances.values(), default=math.inf)
+        self.learning.distances[name] = min(distance, self.learning.distances.get(name, math.inf))
+        if distance < best or not self.best:
+            self.learning.kept = name
+            self.best = baked_state(self.student)
+
+    def _stage(self) -> Iterator[Tensor]:
+        problem, stage = self.problem, self.problem.method.stages[self.stage]
+        names = [tensor.name for tensor in problem.graph.inputs]
+        ours = theirs = dict(zip(names, problem.samples, strict=True))
+        done: set[str] = set()
+        for index, piece in enumerate(self.pieces[self.stage]):
+            first = index == 0
+            if index >= self.piece:
+                self.piece = index
+                yield from self._learn(stage, piece, first, ours, theirs, done)
+            if index + 1 < len(self.pieces[self.stage]):
+                ours = self._advance(self.student, piece, first, ours)
+                theirs = self._advance(problem.teacher, piece, first, theirs)
+            done |= self._values(piece, first)
+        self._keep(stage_name(self.stage, stage))
+        if stage.scope == "network":  # the next stage goes on from the best student so far
+            self.student.load_state_dict(self.best)
+
+    def _values(self, piece: Piece, first: bool) -> set[str]:
+        """Planned values whose quantizers the piece has learned."""
+        finals = pieces.final_nodes(self.student)
+        outputs = [finals[name] for name in piece.outputs]
+        nodes = pieces.needed_nodes(pieces.input_nodes(self.student, piece.inputs, first), outputs)
+        used = {node.target for node in nodes if node.op == "call_module"}
+        return {value for value, name in self.student.quantizers.items() if name in used}
+
+    @torch.no_grad()
+    def _advance(self, mirror: Mirror, piece: Piece, first: bool, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        finals = pieces.final_nodes(mirror)
+        run = pieces.function(
+            mirror, pieces.input_nodes(mirror, piece.inputs, first), [finals[name] for name in piece.outputs]
+        )
+        return pieces.advance(run, piece, kept, self.problem.effort.batch)
+
+    def _learn(
+        self,
+        stage: Stage,
+        piece: Piece,
+        first: bool,
+        ours: Mapping[str, Tensor],
+        theirs: Mapping[str, Tensor],
+        done: set[str],
+    ) -> Iterator[Tensor]:
+        problem, steps = self.problem, self.steps_of(self.stage)
+        if not piece.layers:
+            self.step = 0
+            return
+        running = self.running = _Piece(problem, self.student, stage, piece, first, ours, theirs, done)
+        seed = problem.seed * 1_000_003 + self.stage * 10_007 + self.piece
+        order = _Order(len(running.ours[0]), problem.effort.batch, seed)
+        if self.resume:
+            self._restore_running(running, self.resume)
+            self.resume = None
+        for _ in range(self.step):
+            order.next()
+        if running.optimizer is None:  # all of it was learned by an earlier piece
+            yield from torch.zeros(steps)
+            self.step = steps
+        while self.step < steps:
+            index = order.next()
+            with torch.random.fork_rng(devices=[], enabled=stage.activations == "drop"):
+                if stage.activations == "drop":
+                    torch.manual_seed(seed * 65_537 + self.step)  # a resumed run draws what the whole one draws
+                loss = running.step(index, self.step, steps)
+            self.step += 1
+            self.learning.steps += 1
+            if self.step % max(1, steps // CURVE) == 0:
+                self.learning.curve.append(
+                    {"stage": self.stage, "piece": self.piece, "step": self.step, "loss": float(loss)}
+                )
+            if stage.scope == "network" and self.step % -(-steps // CHECKS) == 0 and self.step < steps:
+                self._check(running, stage)
+            self._checkpoint()
+            try:
+                yield loss
+            except (KeyboardInterrupt, GeneratorExit):  # within a step nothing would belong together
+                self.save()
+                raise
+        self._harden(running, stage)
+
+    def _check(self, running: _Piece, stage: Stage) -> None:
+        """Judge the student as the written file would be, in the middle of a stage."""
+        running.parts.schedule(stage, 1.0)
+        running.parts.judged(True)
+        self._keep(stage_name(self.stage, stage))
+        running.parts.judged(False)
+
+    def _harden(self, running: _Piece, stage: Stage) -> None:
+        """End a piece: log what hard rounding costs, then bake."""
+        running.parts.schedule(stage, 1.0)
+        open_, total = running.undecided()
+        if stage.scope == "network":
+            soft = self.judge.distance(self.student)
+            running.parts.judged(True)
+            self.learning.gap = self.judge.distance(self.student) - soft
+        self.learning.undecided = max(self.learning.undecided, open_ / max(total, 1))
+        self.running, self.step = None, 0
+        bake(self.student, self.problem.plan)
+
+    def _checkpoint(self) -> None:
+        if self.saved and time.monotonic() - self.saved_at > INTERVAL:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint, if there is a place for it; only called between steps, when all of the state belongs together."""
+        if self.saved is None:
+            return
+        facts = {"stage": self.stage, "piece": self.piece, "step": self.step, "learning": asdict(self.learning)}
+        tensors = {f"student.{key}": value for key, value in self.student.state_dict().items()}
+        tensors |= {f"best.{key}": value for key, value in self.best.items()}
+        if self.running is not None and self.running.optimizer is not None:
+            for index, entry in self.running.optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+        checkpoint.save(self.saved[0], State(tensors, facts), self.saved[1])
+        self.saved_at = time.monotonic()
+
+    def _restore(self, state: State) -> None:
+        """Take over counters and the best student so far; the student itself follows when its quantizers are in place."""
+        self.stage, self.piece, self.step = (int(state.facts[key]) for key in ("stage", "piece", "step"))
+        self.learning = Learning(**state.facts["learning"])
+        self.best = state.part("best.")
+        own = self.student.state_dict()
+        plain = {key: value for key, value in state.part("student.").items() if key in own}
+        self.student.load_state_dict(plain, strict=False)
+        if self.step == 0:
+            self.resume = None
+
+    def _restore_running(self, running: _Piece, state: State) -> None:
+        self.student.load_state_dict(state.part("student."))
+        if running.optimizer is not None:
+            entries: dict[int, dict[str, Tensor]] = {}
+            for key, value in state.part("optimizer.").items():
+                index, name = key.split(".")
+                entries.setdefault(int(index), {})[name] = value
+            running.optimizer.load_state_dict({**running.optimizer.state_dict(), "state": entries})
+
+
+def stage_name(index: int, stage: Stage) -> str:
+    """How reports call a stage."""
+    return f"{index + 1} {stage.scope}/{stage.rounding}"

@@ -1,0 +1,249 @@
+"""The Label-Free Hessian (LFH): how strongly the network's outputs answer to each value or weight.
+
+For an output z and a value a of the float network, LFH = sum over outputs of (dz/da)**2, the squared Frobenius norm of the
+Jacobian (arXiv 2309.11531): for losses whose second derivative does not depend on the label, the trace of their Hessian
+follows it. With few outputs it is computed exactly, one backward pass per output; otherwise by Hutchinson's estimate with
+Rademacher vectors. Every pass gives all layers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor
+
+from onnx_eptq import pieces
+from onnx_eptq.calibrate import weight_mse
+from onnx_eptq.grid import QParams
+from onnx_eptq.mirror import Mirror
+from onnx_eptq.ops import op_of
+from onnx_eptq.plan import Layer, Plan, is_constant, is_float, role_of
+
+PROBES = 16  # Rademacher vectors: about 10 % error, which no use of the scores notices
+Weighting = Callable[["dict[str, Tensor]", "dict[str, Tensor]"], "dict[str, Tensor]"]
+
+
+def learning_targets(graph: gs.Graph) -> list[str]:
+    """The float values that stand for the network's outputs.
+
+    Behind them gradients vanish or end: a final Softmax, Sigmoid, ArgMax, TopK, NonMaxSuppression or detection decode is cut
+    off (`Op.squashes`).
+    """
+    found: dict[str, None] = {}
+    for tensor in graph.outputs:
+        for name in _before_squashing(tensor):
+            found[name] = None
+    return list(found)
+
+
+def _activations(node: gs.Node) -> list[gs.Tensor]:
+    return [tensor for tensor in node.inputs if not is_constant(tensor) and not tensor.is_empty()]
+
+
+def _squashed(tensor: gs.Tensor, known: dict[str, bool]) -> bool:
+    """Whether an operator that squashes lies between the last linear operators and this value."""
+    if tensor.name not in known:
+        known[tensor.name] = any(
+            op_of(node).squashes
+            or not is_float(tensor)
+            or (role_of(node) != "linear" and any(_squashed(source, known) for source in _activations(node)))
+            for node in tensor.inputs
+        )
+    return known[tensor.name]
+
+
+def _before_squashing(tensor: gs.Tensor) -> Iterator[str]:
+    known: dict[str, bool] = {}
+    stack, seen = [tensor], set()
+    while stack:
+        value = stack.pop()
+        if value.name in seen or is_constant(value):
+            continue
+        seen.add(value.name)
+        if not _squashed(value, known):
+            if is_float(value) and value.inputs:
+                yield value.name
+            continue
+        stack += reversed(_activations(value.inputs[0]))
+
+
+def per_sample(x: Tensor, samples: int, channel_axis: int) -> Tensor:
+    """A layer's output as [samples, channels, positions]: tokens and windows are positions, features are channels."""
+    moved = x.movedim(channel_axis, -1)
+    return moved.reshape(samples, -1, moved.shape[-1]).transpose(1, 2)
+
+
+@torch.no_grad()
+def _head_scales(run: pieces.Function, samples: Sequence[Tensor], batch: int) -> list[float]:
+    """Factors that bring several targets to equal power per sample, so that a large head does not drown a small one."""
+    powers: list[float] = []
+    for inputs in _batches(samples, batch):
+        found = [float(z.double().square().sum()) for z in run(*inputs)]
+        powers = [a + b for a, b in zip(powers or [0.0] * len(found), found, strict=True)]
+    if len(powers) == 1:
+        return [1.0]
+    return [(len(samples[0]) / power) ** 0.5 if power > 0 else 0.0 for power in powers]
+
+
+def _together(outputs: Sequence[Tensor], scales: Sequence[float], samples: int) -> Tensor:
+    """All targets as one tensor [samples, d]."""
+    return torch.cat([z.reshape(samples, -1) * scale for z, scale in zip(outputs, scales, strict=True)], 1)
+
+
+def directions(d: int, samples: int, probes: int, exact: bool, generator: torch.Generator) -> Iterator[Tensor]:
+    """Vectors v [samples, d] such that the sum of (v' J)**2 over them estimates the sum over rows of J, squared.
+
+    Unit vectors when `exact`, else scaled Rademacher vectors, independent per sample.
+    """
+    if exact:
+        yield from torch.eye(d)[:, None, :].expand(d, samples, d)
+        return
+    for _ in range(probes):
+        yield (torch.randint(0, 2, (samples, d), generator=generator).float() * 2 - 1) / probes**0.5
+
+
+def _batches(samples: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    for start in range(0, len(samples[0]), size):
+        yield [tensor[start : start + size] for tensor in samples]
+
+
+def label_free_hessian(
+    teacher: Mirror,
+    graph: gs.Graph,
+    layers: Sequence[Layer],
+    samples: Sequence[Tensor],
+    *,
+    probes: int = PROBES,
+    batch: int = 32,
+    seed: int = 0,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Sensitivity of the outputs to every linear layer's output, per sample (unit: output**2 / value**2).
+
+    Args:
+        teacher: the float mirror of `graph`.
+        graph: the prepared graph.
+        layers: the layers; their outputs (bias added, before any activation function) are the interest points.
+        samples: one tensor per network input, samples on axis 0.
+        probes: exact by unit vectors up to that many outputs, else that many Rademacher vectors.
+        batch: samples per pass; the result does not depend on it when exact.
+        seed: of the Rademacher vectors.
+
+    Returns:
+        Two dicts by layer output, shapes [samples], float64: the trace, summed over all elements (reference of EPTQ v1), and
+        the Sample-Layer Attention score, the mean over positions and largest over channels (EPTQ v2).
+    """
+    raw = pieces.raw_nodes(teacher)
+    names = [layer.output.name for layer in layers]
+    targets = [raw[name] for name in learning_targets(graph)]
+    places = pieces.placeholders(teacher)
+    run = pieces.function(teacher, places, [*(raw[name] for name in names), *targets])
+    scales = _head_scales(pieces.function(teacher, places, targets), samples, batch)
+    generator = torch.Generator().manual_seed(seed)
+    traces: dict[str, list[Tensor]] = {name: [] for name in names}
+    attention: dict[str, list[Tensor]] = {name: [] for name in names}
+    for inputs in _batches(samples, batch):
+        count = len(inputs[0])
+        results = run(*[x.detach().requires_grad_(x.is_floating_point()) for x in inputs])
+        values, z = results[: len(names)], _together(results[len(names) :], scales, count)
+        squares = [torch.zeros_like(value, dtype=torch.float64) for value in values]
+        for v in directions(z.shape[1], count, probes, z.shape[1] <= probes, generator):
+            gradients = torch.autograd.grad(
+                z, values, v.to(z.device), retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for total, gradient in zip(squares, gradients, strict=True):
+                total += gradient.double().square()
+        for layer, square in zip(layers, squares, strict=True):
+            by_channel = per_sample(square, count, layer.output_axis)
+            traces[layer.output.name].append(by_channel.sum((1, 2)).cpu())
+            attention[layer.output.name].append(by_channel.mean(2).amax(1).cpu())
+    return tuple({name: torch.cat(parts) for name, parts in found.items()} for found in (traces, attention))  # type: ignore[return-value]
+
+
+def weight_hessian(
+    teacher: Mirror,
+    graph: gs.Graph,
+    layers: Sequence[Layer],
+    samples: Sequence[Tensor],
+    *,
+    probes: int = PROBES,
+    batch: int = 32,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """LFH per weight element, averaged over samples: by weight name, shaped like the weight, float64.
+
+    The square of a gradient summed over samples is not the sum of squares; vectors drawn independently per sample make it so
+    in expectation, and a whole batch goes through at once. With one sample per batch and few outputs it is exact.
+    """
+    raw = pieces.raw_nodes(teacher)
+    targets = [raw[name] for name in learning_targets(graph)]
+    names = list(dict.fromkeys(layer.weight.name for layer in layers))
+    run = pieces.function(teacher, pieces.placeholders(teacher), targets)
+    scales = _head_scales(run, samples, batch)
+    generator = torch.Generator().manual_seed(seed)
+    weights = [teacher.constant(name).requires_grad_(True) for name in names]
+    sums = [torch.zeros_like(weight, dtype=torch.float64) for weight in weights]
+    try:
+        for inputs in _batches(samples, batch):
+            count = len(inputs[0])
+            z = _together(run(*inputs), scales, count)
+            exact = count == 1 and z.shape[1] <= probes  # unit vectors would mix the samples
+            for v in directions(z.shape[1], count, probes, exact, generator):
+                gradients = torch.autograd.grad(
+                    z, weights, v.to(z.device), retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                for total, gradient in zip(sums, gradients, strict=True):
+                    total += gradient.detach().double().square()
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+    return {name: total / len(samples[0]) for name, total in zip(names, sums, strict=True)}
+
+
+def hmse_scales(plan: Plan, teacher: Mirror, sensitivity: Mapping[str, Tensor]) -> dict[str, QParams]:
+    """Weight scales of least error, each element weighted by `sensitivity` as `weight_hessian` returns it (Hmse, EPTQ v2).
+
+    Elements of no importance still count a little, and channels without any fall back to the plain squared error.
+    """
+    found = {}
+    for name, h in sensitivity.items():
+        if name in plan:
+            weight, grid = teacher.constant(name).detach(), plan[name].grid
+            floor = 1e-3 * h.mean()
+            importance = (h + (floor if floor > 0 else 1.0)).to(weight.dtype)
+            found[name] = weight_mse(weight, grid, importance=importance)
+    return found
+
+
+def log_normalised(traces: Mapping[str, Tensor], normalise: bool = True) -> dict[str, float]:
+    """EPTQ v1's layer weights: logarithm of the mean trace, less that of the least sensitive layer.
+
+    Args:
+        traces: LFH per layer and sample, shape [samples].
+        normalise: first divide each sample's traces by their sum over layers.
+    """
+    table = torch.stack(list(traces.values()), 1).double()
+    if normalise:
+        table = table / (table.sum(1, keepdim=True) + 1e-8)
+    mean = table.mean(0)
+    positive = mean[mean > 0]
+    smallest = float(positive.min()) if len(positive) else 1.0
+    logs = torch.log10(torch.where(mean > 0, mean, torch.full_like(mean, smallest)))
+    return dict(zip(traces, (logs - logs.min()).tolist(), strict=True))
+
+
+def capped(attention: Mapping[str, Tensor], last: Sequence[str]) -> dict[str, Tensor]:
+    """SLA scores whose output layers `last` (score 1 by construction) weigh no more on average than any other layer."""
+    others = [float(score.mean()) for name, score in attention.items() if name not in last]
+    limit = max(others, default=float("inf"))
+    return {
+        name: score * min(1.0, limit / max(float(score.mean()), 1e-30)) if name in last else score
+        for name, score in attention.items()
+    }
+
+
+def sample_ids(count: int, wanted: int, seed: int) -> Tensor:
+    """A seeded choice of samples, in order."""
+    return torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(count)[:wanted]))

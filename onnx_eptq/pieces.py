@@ -1,0 +1,207 @@
+"""Parts of a mirror as functions: a whole network, its residual blocks or single layers, cut where few values cross.
+
+Blocks are found from the graph: a cut lies wherever a single value connects what is before with what follows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor, fx
+
+from onnx_eptq.mirror import Mirror
+from onnx_eptq.plan import Layer, role_of
+
+Function = Callable[..., tuple[Tensor, ...]]
+Scope = Callable[[gs.Graph, Sequence[Layer], "set[int]"], "list[int]"]
+MIN_LAYERS = 2  # of a block; a lone stem joins the block behind it
+MAX_LAYERS = 12  # a block that finds no single-value cut for so long is cut where any values cross
+
+SCOPES: dict[str, Scope] = {}
+
+
+def scope(name: str) -> Callable[[Scope], Scope]:
+    """Register where a scope cuts: (graph, layers, allowed cuts) -> cuts; cut k lies before node k."""
+
+    def register(function: Scope) -> Scope:
+        SCOPES[name] = function
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of the graph's nodes.
+
+    `inputs` and `outputs` name the values that cross its ends (outputs: those it makes itself, network outputs included);
+    `layers` are the linear layers inside.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    layers: tuple[Layer, ...]
+
+
+def final_nodes(mirror: Mirror) -> dict[str, fx.Node]:
+    """The fx node that holds each value as its readers see it (quantized, where planned)."""
+    return {node.meta["value"]: node for node in mirror.graph.nodes if "value" in node.meta}
+
+
+def raw_nodes(mirror: Mirror) -> dict[str, fx.Node]:
+    """The fx node that holds each value before its own quantizer."""
+    modules = set(mirror.quantizers.values())
+    return {
+        value: node.args[0] if node.op == "call_module" and node.target in modules else node  # type: ignore[misc]
+        for value, node in final_nodes(mirror).items()
+    }
+
+
+def needed_nodes(inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes that lead from `inputs` (not among them) to `outputs`."""
+    needed: set[fx.Node] = set()
+    stack = [node for node in outputs if node not in inputs]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack += [source for source in node.all_input_nodes if source not in inputs]
+    return needed
+
+
+def function(mirror: Mirror, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Function:
+    """A function of the values of `inputs` that returns those of `outputs`; it reads the mirror's modules as they are."""
+    graph, copies = fx.Graph(), {}
+    needed = needed_nodes(inputs, outputs)
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+    for node in mirror.graph.nodes:
+        if node in needed and node not in copies:
+            copies[node] = graph.node_copy(node, lambda source: copies[source])
+    graph.output(tuple(copies[node] for node in outputs))
+    code = graph.python_code("self")
+    scope: dict[str, Callable[..., tuple[Tensor, ...]]] = dict(code.globals)
+    exec(code.src, scope)  # the code that fx itself would compile; a GraphModule would copy the parameters' owners
+    forward = scope["forward"]
+
+    def run(*values: Tensor) -> tuple[Tensor, ...]:
+        return forward(mirror, *values)
+
+    return run
+
+
+def placeholders(mirror: Mirror) -> list[fx.Node]:
+    """The nodes of the network's inputs, in their order."""
+    return [node for node in mirror.graph.nodes if node.op == "placeholder"]
+
+
+def input_nodes(mirror: Mirror, names: Sequence[str], first: bool) -> list[fx.Node]:
+    """The nodes that a piece reads: the placeholders themselves for the first one, whose inputs are not quantized yet."""
+    if first:
+        return placeholders(mirror)
+    finals = final_nodes(mirror)
+    return [finals[name] for name in names]
+
+
+def _variables(graph: gs.Graph) -> tuple[dict[str, int], dict[str, int]]:
+    """Per value: the index of the node that makes it (-1: a network input), and of the last node that reads it."""
+    made = {tensor.name: -1 for tensor in graph.inputs}
+    read: dict[str, int] = {}
+    for index, node in enumerate(graph.nodes):
+        made |= {tensor.name: index for tensor in node.outputs if not tensor.is_empty()}
+        read |= {
+            tensor.name: index for tensor in node.inputs if isinstance(tensor, gs.Variable) and tensor.name in made
+        }
+    return made, read
+
+
+def crossing(graph: gs.Graph) -> list[list[str]]:
+    """Per cut (before node k, k from 0 to the number of nodes), the values that connect the two sides."""
+    made, read = _variables(graph)
+    cuts: list[list[str]] = [[] for _ in range(len(graph.nodes) + 1)]
+    for name, start in made.items():
+        for cut in range(start + 1, read.get(name, -1) + 1):
+            cuts[cut].append(name)
+    return cuts
+
+
+@torch.no_grad()
+def allowed_cuts(graph: gs.Graph, teacher: Mirror, samples: Sequence[Tensor], multiple: int = 1) -> set[int]:
+    """Cuts across which only float values with one entry per sample go: those can be kept and fed again in any batch.
+
+    `multiple`: the model takes multiples of so many samples.
+    """
+    finals = final_nodes(teacher)
+    cuts = crossing(graph)
+    names = sorted({name for cut in cuts for name in cut if name in finals})
+    probe = function(teacher, input_nodes(teacher, (), True), [finals[name] for name in names])
+    sizes = [min(len(samples[0]), size * multiple) for size in (2, 3)]
+    whole, part = (probe(*[tensor[:size] for tensor in samples]) for size in sizes)
+    good = {
+        name
+        for name, a, b in zip(names, whole, part, strict=True)
+        if a.is_floating_point() and a.ndim and b.ndim and (len(a), len(b)) == tuple(sizes)
+    }
+    good -= {tensor.name for tensor in graph.inputs}  # before and behind their quantizers they differ
+    return {index for index, cut in enumerate(cuts) if cut and good.issuperset(cut)}
+
+
+def _layer_positions(graph: gs.Graph, layers: Sequence[Layer]) -> list[int]:
+    ids = {id(layer.node) for layer in layers}
+    return [index for index, node in enumerate(graph.nodes) if id(node) in ids]
+
+
+@scope("network")
+def _network(graph: gs.Graph, layers: Sequence[Layer], allowed: set[int]) -> list[int]:
+    return []
+
+
+@scope("layer")
+def _by_layer(graph: gs.Graph, layers: Sequence[Layer], allowed: set[int]) -> list[int]:
+    return [index for index in _layer_positions(graph, layers)[1:] if index in allowed]
+
+
+@scope("block")
+def _by_block(graph: gs.Graph, layers: Sequence[Layer], allowed: set[int]) -> list[int]:
+    positions, crossings = set(_layer_positions(graph, layers)), crossing(graph)
+    cuts: list[int] = []
+    inside, left = 0, len(positions)
+    for index in range(len(graph.nodes)):
+        wide = (len(crossings[index]) == 1 and inside >= MIN_LAYERS) or inside >= MAX_LAYERS
+        fused = role_of(graph.nodes[index]) == "clamp"  # a cut before it would split a layer from what is fused on it
+        if wide and index in allowed and left and not fused:
+            cuts.append(index)
+            inside = 0
+        if index in positions:
+            inside, left = inside + 1, left - 1
+    return cuts
+
+
+def pieces(graph: gs.Graph, layers: Sequence[Layer], name: str, allowed: set[int]) -> list[Piece]:
+    """The graph's pieces at a scope, in order."""
+    cuts = [0, *SCOPES[name](graph, layers, allowed), len(graph.nodes)]
+    crossings = crossing(graph)
+    made, _ = _variables(graph)
+    network_outputs = [tensor.name for tensor in graph.outputs if tensor.name in made]
+    found = []
+    for start, stop in itertools.pairwise(cuts):
+        ids = {id(node) for node in graph.nodes[start:stop]}
+        ends = [value for value in crossings[stop] if start <= made[value] < stop]
+        ends += [value for value in network_outputs if start <= made[value] < stop and value not in ends]
+        inside = tuple(layer for layer in layers if id(layer.node) in ids)
+        found.append(Piece(tuple(crossings[start]), tuple(ends), inside))
+    return found
+
+
+def advance(piece: Function, names: Piece, kept: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
+    """Run a piece over all samples: what crosses its end joins what crosses it unchanged."""
+    inputs = [kept[name] for name in names.inputs]
+    parts = [piece(*[tensor[i : i + batch] for tensor in inputs]) for i in range(0, len(inputs[0]), batch)]
+    return {
+        **kept,
+        **{name: torch.cat(tensors) for name, tensors in zip(names.outputs, zip(*parts, strict=True), strict=True)},
+    }

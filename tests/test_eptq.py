@@ -1,0 +1,668 @@
+"""Learning end to end on tiny models: the guard, every method, gradients of the loss, exports, interruptions."""
+
+import copy
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+
+import models
+import onnx_eptq
+from models import MODELS, f32, i64, parse, weights
+from onnx_eptq import checkpoint, eptq, pieces
+from onnx_eptq.eptq import Judge, Learner
+from onnx_eptq.errors import UsageError
+from onnx_eptq.methods import EFFORTS, METHODS, Method, Stage
+from onnx_eptq.mirror import BiasQuantizer, Quantizer
+from onnx_eptq.plan import Rules
+from onnx_eptq.rounding import ROUNDINGS, LearnedBias, LearnedScale
+
+LEARNED = sorted(set(METHODS) - {"rtn"})
+BLOCKS = Method((Stage("block", "latent", activations="drop", weight_rate=0.05),))  # with random choices
+TWICE = Method((Stage("layer", "latent", weight_rate=0.02), Stage("block", "frozen"), Stage("network", "latent", kl=1)))
+W = weights(20)
+ODD = {
+    "softmax": parse(
+        "(float[N,4] x) => (float[N,5] y) { a = Gemm(x, w, b) r = Relu(a) s = Gemm(r, v) y = Softmax(s) }",
+        w=W(4, 6),
+        b=W(6),
+        v=W(6, 5),
+    ),
+    "sigmoid": parse(
+        "(float[N,4] x) => (float[N,1] y) { a = MatMul(x, w) r = Relu(a) s = MatMul(r, v) y = Sigmoid(s) }",
+        w=W(4, 6),
+        v=W(6, 1),
+    ),
+    "argmax": parse(
+        """(float[N,4] x) => (int64[N] y) {
+          a = MatMul(x, w) r = Relu(a) s = MatMul(r, v) y = ArgMax <axis=1, keepdims=0> (s) }""",
+        w=W(4, 6),
+        v=W(6, 5),
+    ),
+    "two heads": parse(
+        """(float[N,4] x) => (float[N,3] y, float[N,2,6] z) {
+          a = Gemm(x, w) r = Relu(a) y = Gemm(r, v) s = Gemm(r, u) z = Reshape(s, shape) }""",
+        w=W(4, 6),
+        v=W(6, 3),
+        u=W(6, 12) * 100,
+        shape=i64(-1, 2, 6),
+    ),
+    "shared weight": parse(
+        "(float[N,6] x) => (float[N,6] y) { a = MatMul(x, w) r = Relu(a) b = MatMul(r, w) q = Relu(b) y = MatMul(q, w) }",
+        w=W(6, 6),
+    ),
+    "zero channel": parse(
+        "(float[N,3] x) => (float[N,2] y) { a = Gemm <transB=1> (x, w, b) r = Relu(a) y = Gemm(r, v) }",
+        w=np.array([[0, 0, 0], [1, -1, 0.5], [0.2, 0, 1]], np.float32),
+        b=f32(1, 0.1, 0),
+        v=W(3, 2),
+    ),
+    "dead relu": parse(
+        "(float[N,4] x) => (float[N,3] y) { a = Gemm(x, w, b) r = Relu(a) y = Gemm(r, v, c) }",
+        w=W(4, 6),
+        b=np.full(6, -99, np.float32),
+        v=W(6, 3),
+        c=f32(1, 2, 3),
+    ),
+    "dead output": parse(
+        "(float[N,4] x) => (float[N,3] y) { a = Gemm(x, w) r = Relu(a) s = Gemm(r, v, c) y = Relu(s) }",
+        w=W(4, 6),
+        v=W(6, 3),
+        c=np.full(3, -99, np.float32),
+    ),
+    "one layer": parse("(float[N,4] x) => (float[N,3] y) { y = Gemm(x, w) }", w=W(4, 3)),
+    "grouped": parse(
+        """(float[N,4,6,6] x) => (float[N,6,6,6] y) {
+          a = Conv <group=2, pads=[1,1,1,1]> (x, w) r = Relu(a) y = Conv <group=6, pads=[1,1,1,1]> (r, v) }""",
+        w=W(6, 2, 3, 3),
+        v=W(6, 1, 3, 3),
+    ),
+}
+EVERY = {**{name: make() for name, make in MODELS.items()}, **ODD}
+
+
+def case(name, weight_bits=3, act_bits=8):
+    """A plainly rounded model whose parts may be changed."""
+    return models.quantize(copy.deepcopy(EVERY[name]), Rules(weight_bits, act_bits))
+
+
+def learn(found, method, **options):
+    """A finished learner; the case's student is what it learned."""
+    learner = Learner(models.problem(found, method, **options), found.student)
+    losses = list(learner)
+    assert all(np.isfinite(losses))
+    assert len(losses) == learner.total >= learner.learning.steps > 0
+    return learner
+
+
+def distance_of(learner, student):
+    return learner.judge.distance(student)
+
+
+def test_the_tables_agree():
+    for method in METHODS.values():
+        for stage in method.stages:
+            assert stage.scope in pieces.SCOPES
+            assert stage.rounding in ROUNDINGS
+    assert METHODS["rtn"] == Method()
+    assert EFFORTS["fast"].steps < EFFORTS["default"].steps < EFFORTS["thorough"].steps
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("method", ["eptq", "brecq", "eptq-v2"])
+def test_odd_and_tiny_models_learn_and_get_no_worse(name, method):
+    found = case(name)
+    learner = learn(found, method, steps=4)
+    distances = learner.learning.distances
+    after = distance_of(learner, found.student)
+    assert np.isfinite(after)
+    assert after <= distances["rtn"]
+    assert after == pytest.approx(min(distances.values()), rel=1e-4, abs=1e-9)
+    assert distances[learner.learning.kept] == min(distances.values())
+    assert all(bool(value.isfinite().all()) for value in found.student.state_dict().values())
+
+
+STEPS = {"adaround": 400, "brecq": 400, "qdrop": 400}  # rates of these methods are made for many
+
+
+@pytest.mark.parametrize("name", ["residual", "matmul"])
+@pytest.mark.parametrize("method", LEARNED)
+def test_every_method_learns(name, method):
+    found = case(name, 3, 8)
+    learner = learn(found, method, steps=STEPS.get(method, 60))
+    assert distance_of(learner, found.student) < learner.learning.distances["rtn"]
+    assert learner.learning.kept not in ("rtn", "compensated")
+    assert learner.learning.seconds > 0
+    assert learner.learning.curve
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("weighting", ["none", "mse", "lfh", "sla"])
+def test_roundings_and_weightings_combine(rounding, weighting):
+    found = case("residual", 2, 4)
+    stage = Stage("network", rounding, weighting=weighting, weight_rate=0.2 if rounding == "soft" else 0.02)
+    learner = learn(found, Method((stage,)), steps=40)
+    assert distance_of(learner, found.student) < learner.learning.distances["rtn"]
+
+
+@pytest.mark.parametrize("start", ["rtn", "float", "compensated"])
+@pytest.mark.parametrize("scope", pieces.SCOPES)
+@pytest.mark.parametrize("rate", [30.0, 1e9])
+def test_bad_learning_is_thrown_away(start, scope, rate):
+    found = case("residual", 4, 8)
+    plain = {key: value.clone() for key, value in found.student.state_dict().items()}
+    stage = Stage(
+        scope, "latent", weight_rate=rate, scale_rate=rate, bias_rate=rate, step_rate=rate, constant=True, kl=0.1
+    )
+    learner = Learner(models.problem(found, Method((stage,), start), steps=12), found.student)
+    for _ in learner:
+        pass
+    assert learner.learning.kept in ("rtn", "compensated")
+    assert all(isinstance(found.student.quantizer(v), Quantizer | BiasQuantizer) for v in found.student.quantizers)
+    if start != "compensated":
+        assert all(torch.equal(value, plain[key]) for key, value in found.student.state_dict().items())
+    else:
+        assert distance_of(learner, found.student) <= learner.learning.distances["rtn"]
+
+
+def test_the_written_file_is_plain_rounding_when_nothing_better_is_found(tmp_path, monkeypatch):
+    stage = Stage("network", "latent", weight_rate=1e6, scale_rate=1e6, constant=True)
+    monkeypatch.setitem(METHODS, "qdrop", Method((stage,)))
+    data = {"x": np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)}
+    settings = {"weight_bits": 4, "threads": 1, "steps": 5}
+    plain = onnx_eptq.quantize(ODD["softmax"], data, tmp_path / "a.onnx", method="rtn", **settings)
+    found = onnx_eptq.quantize(ODD["softmax"], data, tmp_path / "b.onnx", method="qdrop", **settings)
+    assert found.report.learning.kept == "rtn"
+    assert any("nothing better than plain rounding" in warning for warning in found.report.warnings)
+    assert list(found.model.graph.initializer) == list(plain.model.graph.initializer)
+
+
+TARGETS = {"softmax": ["s"], "sigmoid": ["s"], "argmax": ["s"], "two heads": ["y", "z"]}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_is_distilled_and_judged(name):
+    found = case(name)
+    learner = learn(found, "eptq", steps=2)
+    assert sorted(learner.learning.targets) == TARGETS[name]
+
+
+def test_distance_by_hand():
+    found = case("two heads")
+    samples = models.samples_of(found, 20)
+    judge = Judge(found.teacher, ["y", "z"], samples, batch=7)
+    assert judge.distance(found.teacher) == 0
+    raw = [pieces.raw_nodes(mirror) for mirror in (found.teacher, found.student)]
+    pairs = [
+        pieces.function(mirror, pieces.placeholders(mirror), [nodes["y"], nodes["z"]])(*samples)
+        for mirror, nodes in zip((found.teacher, found.student), raw, strict=True)
+    ]
+    total = sum(float((a - b).square().sum() / a.square().sum()) for a, b in zip(*pairs, strict=True))
+    p, q = (F.softmax(side[0], 1) for side in pairs)
+    total += float((p * (p / q).log()).sum(1).mean())  # y is a distribution, z of [2, 6] is none
+    assert judge.distance(found.student) == pytest.approx(total, rel=1e-4)
+    with torch.no_grad():
+        found.student.constant(found.layers[0].weight.name).fill_(float("nan"))
+    assert judge.distance(found.student) == float("inf")
+
+
+def test_samples_are_split_by_seed():
+    x = torch.arange(160.0)[:, None]
+    (kept,), (held,) = eptq.split([x], 0)
+    assert sorted(torch.cat([kept, held]).flatten().tolist()) == x.flatten().tolist()
+    assert len(held) == 20
+    assert torch.equal(eptq.split([x], 0)[0][0], kept)
+    assert not torch.equal(eptq.split([x], 1)[0][0], kept)
+    (kept,), (held,) = eptq.split([x[:10]], 0)
+    assert torch.equal(kept, held)
+    assert len(eptq.split([torch.zeros(9000, 1)], 0)[1][0]) == 128
+
+
+# ---- one piece, before and while it learns
+
+
+def piece_of(found, stage, **options):
+    """The whole network as one running piece."""
+    problem = models.problem(found, Method((stage,)), **options)
+    (whole,) = pieces.pieces(found.graph, found.layers, "network", set())
+    names = [tensor.name for tensor in found.graph.inputs]
+    kept = dict(zip(names, problem.samples, strict=True))
+    return eptq._Piece(problem, found.student, stage, whole, True, kept, kept, set())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_any_quantization_the_student_is_the_teacher(name):
+    found = case(name, 8)
+    running = piece_of(found, Stage("network", "soft", activations="gradual", kl=1.0, regularizer=0))
+    running.parts.schedule(running.stage, 0.0)
+    assert {a.share for a in running.parts.activations.values()} <= {0.0}
+    index = torch.arange(8) if name != "images1d" else torch.arange(1)
+    for found_, expected in zip(running.student(*running.inputs(index)), running._expected(index), strict=True):
+        torch.testing.assert_close(found_.detach(), expected, rtol=0, atol=5e-3)
+    running.parts.schedule(running.stage, 1.0)
+    assert {a.share for a in running.parts.activations.values()} <= {1.0}
+
+
+def test_the_schedule_of_activation_quantization():
+    found = case("residual")
+    running = piece_of(found, Stage("network", "soft"))
+    for kind, done, share, drop in (
+        ("all", 0.0, 1.0, False),
+        ("gradual", 0.0, 0.0, False),
+        ("gradual", 0.25, 0.25, False),
+        ("gradual", 1.0, 1.0, False),
+        ("drop", 0.0, 0.5, True),
+        ("drop", 0.9, 0.5, True),
+        ("drop", 1.0, 1.0, True),
+    ):
+        running.parts.schedule(replace(running.stage, activations=kind), done)
+        assert {(a.share, a.drop) for a in running.parts.activations.values()} == {(share, drop)}
+
+
+LOSSES = {
+    "mse": Stage("network", "soft", weighting="mse", regularizer=0.01),
+    "power and divergence": Stage("network", "soft", weighting="none", kl=0.5, regularizer=0),
+    "attention": Stage("network", "soft", weighting="sla", regularizer=0.1),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", ["residual", "matmul", "two_towers"])
+def test_gradients_of_the_loss_by_finite_differences(name, loss):
+    """With activations float, the loss is smooth in alpha, weight scales and (up to their fine grid) biases."""
+    found = case(name, 3)
+    stage = LOSSES[loss]
+    running = piece_of(found, stage)
+    for quantizer in running.parts.activations.values():
+        quantizer.share = 0.0
+    index, generator = torch.arange(12), torch.Generator().manual_seed(3)
+    groups = {
+        "alpha": [w.alpha for w in running.parts.weights.values()],
+        "scale": [w.log_factor for w in running.parts.weights.values()],
+        "bias": [b.shift for b in running.parts.biases.values()],
+    }
+    for parameters in groups.values():
+        for parameter in parameters:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    for b in running.parts.biases.values():
+        b.forward = lambda bias, *_scales, b=b: b.shifted(bias)  # their rounding is straight-through
+    for what, parameters in groups.items():
+        if not parameters:
+            continue
+        directions = [torch.randn(p.shape, generator=generator) for p in parameters]
+        value = running.loss(index, 500, 1000)
+        slopes = torch.autograd.grad(value, parameters)
+        expected = float(sum((a * b).sum() for a, b in zip(slopes, directions, strict=True)))
+        step, ends = 2e-3, []
+        for sign in (1, -2, 1):
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.data += sign * step * direction
+            ends.append(float(running.loss(index, 500, 1000).detach()))
+        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(expected, rel=0.03, abs=2e-3), what
+
+
+def test_steps_of_activations_learn_by_the_straight_through_rule():
+    """The slope by a step is what the quantizer hands over: (q(x) - x) inside, q(x) outside, times what flows back."""
+    found = case("gemm", 8, 3)
+    running = piece_of(found, Stage("network", "frozen"))
+    (name,) = [value for value in running.parts.activations if value == "b"]
+    quantizer, seen = running.parts.activations[name], {}
+    quantizer.base *= 0.5
+
+    def watch(module, inputs, output):
+        seen["x"], seen["out"] = inputs[0], output
+        output.retain_grad()
+
+    quantizer.register_forward_hook(watch)
+    running.loss(torch.arange(16), 0, 10).backward()
+    x, out, upstream = seen["x"].detach(), seen["out"].detach(), seen["out"].grad
+    steps = x / quantizer.scale.detach() + quantizer.zero_point
+    inside = (steps > -0.5) & (steps < 7.5)
+    assert not inside.all()
+    expected = (upstream * torch.where(inside, out - x, out)).sum()  # by the factor's logarithm
+    torch.testing.assert_close(quantizer.log_factor.grad, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["plain", "turned"])
+def test_squared_error_is_that_of_torch(layout):
+    a = torch.randn(5, 4, 3, requires_grad=True)
+    b = torch.randn(3, 4, 5).permute(2, 1, 0) if layout == "turned" else torch.randn(5, 4, 3)
+    found, expected = eptq.squared_error(a, b, 2.5), 2.5 * F.mse_loss(a, b)
+    torch.testing.assert_close(found, expected)
+    for one, two in zip(torch.autograd.grad(3 * found, a), torch.autograd.grad(3 * expected, a), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("name", ["residual", "two_towers", "attention", "moves"])
+def test_baked_students_compute_and_export_what_was_learned(name, rounding):
+    found = case(name, 3, 4)
+    stage = Stage("network", rounding, weight_rate=0.1, scale_rate=0.02, bias_rate=0.02, step_rate=0.02)
+    running = piece_of(found, stage)
+    for step in range(6):
+        running.step(torch.arange(16), step, 6)
+    running.parts.judged(True)
+    samples = models.samples_of(found, 16)
+    with torch.no_grad():
+        learned = found.student(*samples)
+    codes = {value: weight.hard().clone() for value, weight in running.parts.weights.items()}
+    moved = [float(w.log_factor.detach().abs().max()) for w in running.parts.weights.values()]
+    assert max(moved) > 0.01
+    eptq.bake(found.student, found.plan)
+    assert not [m for m in found.student.modules() if isinstance(m, LearnedScale | LearnedBias)]
+    with torch.no_grad():
+        for one, two in zip(learned, found.student(*samples), strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+    for value, quantized in found.student.export(found.plan).items():
+        if value in codes:
+            assert torch.equal(quantized.integers.float(), codes[value])
+            assert -4 <= int(quantized.integers.min()) <= int(quantized.integers.max()) <= 3
+
+
+@pytest.mark.parametrize("method", ["eptq", "eptq-v2"])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_the_written_file_holds_the_learned_codes(tmp_path, monkeypatch, method, bits):
+    students = []
+    finish = onnx_eptq.pipeline.finish
+    monkeypatch.setattr(
+        "onnx_eptq.pipeline.finish",
+        lambda job, student, *rest: (students.append((student, job.plan)), finish(job, student, *rest))[1],
+    )
+    data = {"image": np.random.default_rng(0).standard_normal((64, 3, 8, 8)).astype(np.float32)}
+    result = onnx_eptq.quantize(
+        EVERY["residual"],
+        data,
+        tmp_path / "q.onnx",
+        method=method,
+        weight_bits=bits,
+        steps=8,
+        threads=1,
+        storage="int8",
+    )
+    ((student, plan),) = students
+    written, checked = onnx.load(tmp_path / "q.onnx"), 0
+    for value, quantized in student.export(plan).items():
+        if plan[value].role == "weight":
+            found = [t for t in written.graph.initializer if list(t.dims) == list(quantized.integers.shape)]
+            arrays = [onnx.numpy_helper.to_array(t).astype(np.int64) for t in found]
+            assert any(np.array_equal(array, quantized.integers.numpy()) for array in arrays), value
+            checked += 1
+            assert -(2 ** (bits - 1)) <= int(quantized.integers.min())
+            assert int(quantized.integers.max()) < 2 ** (bits - 1)
+    assert checked == 3
+    assert result.report.parity.integer_differences == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"q.onnx"}
+
+
+# ---- the same again, and interruptions
+
+
+def test_seeds_decide_everything():
+    states = []
+    for seed in (0, 0, 1):
+        found = case("residual", 3, 4)
+        assert learn(found, BLOCKS, steps=6, seed=seed).learning.kept != "rtn"
+        states.append(found.student.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not all(torch.equal(states[0][key], states[2][key]) for key in states[0])
+
+
+def uninterrupted(name, method):
+    found = case(name, 3, 4)
+    learner = Learner(models.problem(found, method, steps=8), found.student)
+    losses = list(learner)
+    assert learner.learning.kept != "rtn"  # else anything would be as good
+    return found.student.state_dict(), learner.learning, losses
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.5, 0.77, 0.99])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("residual", "eptq"), ("residual", BLOCKS), ("matmul", "adaquant"), ("concat", "eptq-v1"), ("attention", TWICE)],
+    ids=["eptq", "blocks", "layers", "soft", "three stages"],
+)
+def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(tmp_path, name, method, share):
+    expected, learning, losses = uninterrupted(name, method)
+    path, saved = tmp_path / "c", (tmp_path / "c", "mark")
+    found = case(name, 3, 4)
+    first = Learner(models.problem(found, method, steps=8), found.student, saved)
+    stop = max(1, round(share * first.total))
+    walk = iter(first)
+    seen = [next(walk) for _ in range(stop)]
+    with pytest.raises(KeyboardInterrupt):
+        walk.throw(KeyboardInterrupt())
+    again = case(name, 3, 4)
+    second = Learner(models.problem(again, method, steps=8), again.student, saved, checkpoint.load(path, "mark"))
+    seen += list(second)
+    assert seen == losses
+    assert all(torch.equal(value, expected[key]) for key, value in again.student.state_dict().items())
+    for field in ("distances", "kept", "undecided", "gap", "steps", "curve"):
+        assert getattr(second.learning, field) == getattr(learning, field), field
+
+
+def interrupting(monkeypatch, where, call, after):
+    """Let the so-many-th call of a function or method of the module end in Ctrl-C, before or after its work."""
+    owner, _, attribute = where.rpartition(".")
+    place = getattr(eptq, owner) if owner else eptq
+    original, calls = getattr(place, attribute), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call and not after:
+            raise KeyboardInterrupt
+        result = original(*args, **kwargs)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(place, attribute, interrupted)
+
+
+def run_once(path, method):
+    """One run that saves to a path and goes on from what is there; returns the student."""
+    found = case("residual", 3, 4)
+    state = checkpoint.load(path, "mark") if path.exists() else None
+    for _ in Learner(models.problem(found, method, steps=8), found.student, (path, "mark"), state):
+        pass
+    return found.student.state_dict()
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+BETWEEN = {  # method, where it is interrupted, at which calls
+    ("eptq", "compensate"): (1,),
+    ("eptq", "Learner._keep"): (1, 2, 3, 4),
+    ("eptq", "Learner._check"): (1, 2, 4),
+    ("eptq", "bake"): (1, 2),
+    ("eptq", "_Piece.__init__"): (1, 2),
+    ("blocks", "Learner._advance"): (1, 2),
+    ("blocks", "Learner._keep"): (1, 2),
+    ("blocks", "bake"): (1, 2),
+    ("blocks", "_Piece.__init__"): (1, 2),
+}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("method", "where", "call"), [(*place, call) for place, calls in BETWEEN.items() for call in calls]
+)
+def test_interruptions_between_steps_lose_nothing(tmp_path, monkeypatch, method, where, call, after):
+    """Ctrl-C while layers are solved, pieces are advanced, judged or baked: resumed runs still end as the whole one."""
+    method = BLOCKS if method == "blocks" else method
+    expected, _, _ = uninterrupted("residual", method)
+    with monkeypatch.context() as patch:
+        interrupting(patch, where, call, after)
+        with pytest.raises(KeyboardInterrupt):
+            run_once(tmp_path / "c", method)
+    assert same(run_once(tmp_path / "c", method), expected)
+
+
+@pytest.mark.parametrize("method", ["eptq", BLOCKS], ids=["eptq", "blocks"])
+@pytest.mark.parametrize("where", ["Learner._restore", "_Piece.__init__", "Learner._restore_running"])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_an_interruption_while_resuming_loses_nothing(tmp_path, monkeypatch, where, method, after):
+    expected, _, _ = uninterrupted("residual", method)
+    monkeypatch.setattr(eptq, "INTERVAL", 0)
+    for place, call, late in (("_Piece.step", 3, False), (where, 1, after)):
+        with monkeypatch.context() as patch:
+            interrupting(patch, place, call, late)
+            with pytest.raises(KeyboardInterrupt):
+                run_once(tmp_path / "c", method)
+    assert same(run_once(tmp_path / "c", method), expected)
+
+
+@pytest.mark.parametrize("method", ["eptq", BLOCKS], ids=["eptq", "blocks"])
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch, method):
+    """Whoever is killed saves nothing at the end: each of the checkpoints on the way leads to the same result."""
+    expected, _, _ = uninterrupted("residual", method)
+    monkeypatch.setattr(eptq, "INTERVAL", 0)
+    path, kept = tmp_path / "c", []
+    found = case("residual", 3, 4)
+    for _ in Learner(models.problem(found, method, steps=8), found.student, (path, "mark")):
+        kept.append(shutil.copy(path, tmp_path / f"c{len(kept)}"))
+    assert len(kept) > 6
+    for file in kept[:: len(kept) // 5]:
+        again = case("residual", 3, 4)
+        state = checkpoint.load(Path(file), "mark")
+        for _ in Learner(models.problem(again, method, steps=8), again.student, None, state):
+            pass
+        assert all(torch.equal(value, expected[key]) for key, value in again.student.state_dict().items())
+
+
+DATA = {"image": np.random.default_rng(0).standard_normal((64, 3, 8, 8)).astype(np.float32)}
+SETTINGS = {"weight_bits": 3, "act_bits": 4, "steps": 10, "threads": 1}
+
+
+def test_a_resumed_file_has_the_same_bytes(tmp_path, monkeypatch):
+    whole, parted = tmp_path / "whole.onnx", tmp_path / "q.onnx"
+    onnx_eptq.quantize(EVERY["residual"], DATA, whole, **SETTINGS)
+    saved = tmp_path / "q.onnx.checkpoint"
+    with monkeypatch.context() as patch:
+        interrupting(patch, "_Piece.step", 4, after=False)
+        with pytest.raises(KeyboardInterrupt):
+            onnx_eptq.quantize(EVERY["residual"], DATA, parted, **SETTINGS)
+    assert saved.exists()
+    assert not parted.exists()
+    content = saved.read_bytes()
+    others = (
+        {"weight_bits": 4},
+        {"seed": 1},
+        {"method": "qdrop"},
+        {"steps": 11},
+    )
+    for other in others:
+        with pytest.raises(UsageError, match="belongs to another model, data, plan or settings"):
+            onnx_eptq.quantize(EVERY["residual"], DATA, parted, resume=True, **{**SETTINGS, **other})
+    with pytest.raises(UsageError, match="belongs to another"):
+        onnx_eptq.quantize(EVERY["residual"], {"image": DATA["image"] * 2}, parted, resume=True, **SETTINGS)
+    assert saved.read_bytes() == content
+    onnx_eptq.quantize(EVERY["residual"], DATA, parted, resume=True, **SETTINGS)
+    assert parted.read_bytes() == whole.read_bytes()
+    assert not saved.exists()
+    onnx_eptq.quantize(EVERY["residual"], DATA, parted, resume=True, **SETTINGS)  # nothing to go on from: anew
+    assert parted.read_bytes() == whole.read_bytes()
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    saved = tmp_path / "q.onnx.checkpoint"
+    saved.write_bytes(b"no checkpoint")
+    with pytest.raises(UsageError, match="is not a checkpoint that can be read"):
+        onnx_eptq.quantize(EVERY["residual"], DATA, tmp_path / "q.onnx", resume=True, **SETTINGS)
+    assert {path.name for path in tmp_path.iterdir()} == {"q.onnx.checkpoint"}
+
+
+def run_cli(folder, *arguments):
+    return [sys.executable, "-m", "onnx_eptq.cli", "m.onnx", "x.npy", "-o", "q.onnx", "--threads", "1", *arguments]
+
+
+@pytest.mark.slow
+def test_interrupted_on_the_command_line_and_resumed(tmp_path):
+    onnx.save(EVERY["residual"], tmp_path / "m.onnx")
+    np.save(tmp_path / "x.npy", DATA["image"])
+    arguments = ("-w", "3", "--steps", "1500", "--method", "qdrop")
+    process = subprocess.Popen(run_cli(tmp_path, *arguments), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    seen = ""
+    while not seen.startswith("weights"):
+        seen = process.stderr.readline()
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume goes on" in text
+    assert "Traceback" not in text
+    assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "x.npy", "q.onnx.checkpoint"}
+    refused = subprocess.run(
+        run_cli(tmp_path, *arguments, "--resume", "--seed", "5"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert "belongs to another model" in refused.stderr
+    resumed = subprocess.run(
+        run_cli(tmp_path, *arguments, "--resume", "--json"), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["learning"]["steps"] % 1500 == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "x.npy", "q.onnx"}
+
+
+# ---- batches that models fix, compiling, precision
+
+
+@pytest.mark.parametrize("count", [64, 72, 30])
+@pytest.mark.parametrize("method", ["eptq", "brecq"])
+def test_models_that_mix_a_fixed_batch_learn(count, method):
+    mixed = parse(
+        """(float[4,6] x) => (float[4,3] y) {
+          r = Reshape(x, s) h = MatMul(r, w) a = Relu(h) f = Reshape(a, t) y = MatMul(f, u) }""",
+        s=i64(2, 12),
+        t=i64(4, 6),
+        w=W(12, 12),
+        u=W(6, 3),
+    )
+    data = {"x": np.random.default_rng(0).standard_normal((count, 6)).astype(np.float32)}
+    report = onnx_eptq.quantize(mixed, data, method=method, weight_bits=4, steps=4, threads=1).report
+    assert report.learning.kept
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_mb": 0}, {"precision": "bfloat16"}, {"effort": "fast"}])
+def test_settings_of_learning(settings):
+    report = onnx_eptq.quantize(
+        EVERY["residual"], DATA, weight_bits=3, act_bits=4, threads=1, **{"steps": 40, **settings}
+    ).report
+    assert report.learning.steps == 40
+    assert report.learning.kept not in ("rtn", "compensated")
+
+
+def test_what_is_cached_is_what_is_computed():
+    losses = []
+    for size in (0, 2**30):
+        found = case("residual")
+        losses.append(list(Learner(models.problem(found, "eptq", cache_bytes=size), found.student)))
+    assert [float(loss) for loss in losses[0]] == pytest.approx([float(loss) for loss in losses[1]], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_steps_learn_the_same():
+    losses = []
+    for compiled in (False, True):
+        found = case("gemm")
+        losses.append(list(Learner(models.problem(found, "eptq", steps=4, compile=compiled), found.student)))
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
