@@ -97,7 +97,7 @@ METHODS: dict[str, Method] = {
     ),
 }
 EFFORTS: dict[str, Effort] = {
-    "fast": Effort(60, 256),
+    "fast": Effort(30, 256),
     "default": Effort(240, 512),
     "thorough": Effort(2000, 1024),
 }

@@ -423,16 +423,16 @@ def has_fixed_batch(job: Job) -> bool:
     return any(isinstance((tensor.shape or [None])[0], int) for tensor in job.graph.inputs)
 
 
-def learned(job: Job, ready: Ready, saved: Path | None, resume: bool, phases: Phases) -> None:
-    """Learn the student's rounding, scales and biases; it stays as it is where nothing better is found."""
+def learning_problem(job: Job, ready: Ready, method: Method | None = None) -> eptq.Problem:
+    """What `eptq.Learner` learns from; `method` other than the one asked for is for experiments."""
     config = job.config
-    problem = eptq.Problem(
+    return eptq.Problem(
         ready.graph,
         job.plan,
         linear_layers(ready.graph),
         ready.teacher,
         load_samples(ready.teacher, ready.batches),
-        METHODS[config.method],
+        method or METHODS[config.method],
         effort_for(job, ready),
         seed=config.seed,
         multiple=job.batches.batch_size if has_fixed_batch(job) else 1,
@@ -441,10 +441,17 @@ def learned(job: Job, ready: Ready, saved: Path | None, resume: bool, phases: Ph
         compile=config.compile,
         bf16=config.precision == "bfloat16",
     )
+
+
+def learned(job: Job, ready: Ready, saved: Path | None, resume: bool, phases: Phases) -> None:
+    """Learn the student's rounding, scales and biases; it stays as it is where nothing better is found."""
+    problem = learning_problem(job, ready)
     mark = fingerprint(job, problem.samples)
     state = None
     if resume and saved is not None and saved.exists():
         state = checkpoint.load(saved, mark)
+    elif resume:
+        phases.note("no checkpoint to go on from: learning starts anew")
     elif saved is not None and saved.exists():
         phases.note(f"an earlier run left {saved}; without --resume it is replaced")
     learner = eptq.Learner(problem, ready.student, None if saved is None else (saved, mark), state)

@@ -35,14 +35,13 @@ from common import (
     calibrated,
     chart,
     load_eval,
-    make_problem,
     markdown,
     open_calibration,
     predict,
     scores,
 )
 
-from onnx_eptq import eptq
+from onnx_eptq import eptq, pipeline
 from onnx_eptq.methods import METHODS, Method, Stage
 from onnx_eptq.pipeline import Job, Ready
 from onnx_eptq.write import write
@@ -150,7 +149,7 @@ class Bench:
         """Learn once, judge, and score the written file."""
         job, ready = self.prepared(setting["bits"], setting["samples"], seed)
         student = copy.deepcopy(ready.student)
-        problem = make_problem(job, ready, method(setting))
+        problem = pipeline.learning_problem(job, ready, method(setting))
         problem.effort = replace(problem.effort, steps=setting["steps"])
         torch.manual_seed(seed)
         began = time.process_time()

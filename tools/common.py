@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from onnx_eptq.data import Batches
-    from onnx_eptq.eptq import Problem
-    from onnx_eptq.methods import Method
     from onnx_eptq.pipeline import Job, Ready
 
 HERE = Path(__file__).resolve().parent
@@ -125,27 +123,6 @@ def calibrated(model: Path, calib: Path, **settings: Any) -> "tuple[Job, Ready]"
 
     job = pipeline.begin(model, calib, **settings)
     return job, pipeline.calibrated(job, Phases())
-
-
-def make_problem(job: "Job", ready: "Ready", method: "Method | None" = None) -> "Problem":
-    """What `pipeline.learned` would hand to the learner, with another method where one is given."""
-    from onnx_eptq import eptq, pipeline
-    from onnx_eptq.methods import METHODS
-
-    config = job.config
-    return eptq.Problem(
-        ready.graph,
-        job.plan,
-        pipeline.linear_layers(ready.graph),
-        ready.teacher,
-        pipeline.load_samples(ready.teacher, ready.batches),
-        method or METHODS[config.method],
-        pipeline.effort_for(job, ready),
-        seed=config.seed,
-        multiple=job.batches.batch_size if pipeline.has_fixed_batch(job) else 1,
-        exact=pipeline.has_fixed_batch(job) and ready.graph is job.graph,
-        cache_bytes=config.cache_mb * 2**20,
-    )
 
 
 def eptq_command(model: Path, calib: Path, out: Path, flags: Iterable[str]) -> list[str]:

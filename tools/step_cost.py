@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import add_demo, add_preprocessing, calibrated, make_problem, markdown, preprocessing_settings, run_measured
+from common import add_demo, add_preprocessing, calibrated, markdown, preprocessing_settings, run_measured
 
-from onnx_eptq import eptq, hessian, mirror, pieces
+from onnx_eptq import eptq, hessian, mirror, pieces, pipeline
 from onnx_eptq.methods import METHODS
 
 Step = Callable[[int], None]
@@ -86,7 +86,7 @@ def steps(options: argparse.Namespace, kinds: tuple[str, ...]) -> dict[str, Step
     settings = {"weight_bits": options.weight_bits, "act_bits": options.act_bits, "threads": options.threads}
     settings |= preprocessing_settings(options) | {"method": options.method, "num_samples": options.samples}
     job, ready = calibrated(options.model, options.calib, **settings)
-    problem = make_problem(job, ready)
+    problem = pipeline.learning_problem(job, ready)
     problem.effort = replace(problem.effort, batch=options.batch or problem.effort.batch)
     makers = {
         "training": lambda: training_step(problem),
