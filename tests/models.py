@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -480,3 +481,8 @@ def producer(proto: onnx.ModelProto, value: str) -> onnx.NodeProto:
 
 def node_named(proto: onnx.ModelProto, name: str) -> onnx.NodeProto:
     return next(node for node in proto.graph.node if node.name == name)
+
+
+def heed_sigint() -> None:
+    """Let a child process be interrupted even where the tests run in the background, which ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -592,7 +592,9 @@ def test_interrupted_on_the_command_line_and_resumed(tmp_path):
     onnx.save(EVERY["residual"], tmp_path / "m.onnx")
     np.save(tmp_path / "x.npy", DATA["image"])
     arguments = ("-w", "3", "--steps", "1500", "--method", "qdrop")
-    process = subprocess.Popen(run_cli(tmp_path, *arguments), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        run_cli(tmp_path, *arguments), cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=models.heed_sigint
+    )
     assert process.stderr is not None
     seen = ""
     while not seen.startswith("weights"):

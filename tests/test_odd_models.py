@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 import onnx_eptq
-from models import f32, i64, parse, weights
+from models import f32, heed_sigint, i64, parse, weights
 from onnx_eptq.errors import DataError, ModelError
 from onnx_eptq.plan import is_mask
 
@@ -153,7 +153,9 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "m.onnx")
     np.save(tmp_path / "x.npy", np.zeros((6000, 8, 32, 32), np.float32))
     command = [sys.executable, "-m", "onnx_eptq.cli", "m.onnx", "x.npy", "-o", "q.onnx"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed_sigint
+    )
     assert process.stderr is not None
     assert process.stderr.readline().startswith("prepare")
     time.sleep(0.1)
