@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import safetensors
 import torch
 import torch.nn.functional as F
 
@@ -621,6 +622,48 @@ def test_interrupted_on_the_command_line_and_resumed(tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads(resumed.stdout)["learning"]["steps"] % 1500 == 0
     assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "x.npy", "q.onnx"}
+
+
+@pytest.mark.slow
+def test_killed_on_the_command_line_and_resumed(tmp_path):
+    """SIGKILL leaves no time to save: the checkpoint on the way has to do, and lead to the bytes of an unbroken run."""
+    onnx.save(EVERY["residual"], tmp_path / "m.onnx")
+    np.save(tmp_path / "x.npy", DATA["image"])
+    code = "import sys; from onnx_eptq import eptq, cli; eptq.INTERVAL = 0.0; sys.argv = ['onnx-eptq', *sys.argv[1:]]; cli.main()"
+    arguments = [*run_cli(tmp_path, "-w", "3", "--steps", "300")[3:], "--quiet"]
+    command = [sys.executable, "-c", code, *arguments]
+    saved = tmp_path / "q.onnx.checkpoint"
+    process = subprocess.Popen(command, cwd=tmp_path)
+    while process.poll() is None and (not saved.exists() or progress(saved) < 50):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert not (tmp_path / "q.onnx").exists()
+    files = []
+    for rest in (["--resume"], []):
+        subprocess.run([*command, *rest], cwd=tmp_path, check=True)
+        files.append((tmp_path / "q.onnx").read_bytes())
+    assert files[0] == files[1]
+    assert not saved.exists()
+
+
+def progress(saved):
+    """How many steps lie in a checkpoint."""
+    with safetensors.safe_open(str(saved), "pt") as file:
+        return json.loads(file.metadata()["facts"])["learning"]["steps"]
+
+
+def test_a_damaged_checkpoint_on_the_command_line(tmp_path):
+    onnx.save(EVERY["residual"], tmp_path / "m.onnx")
+    np.save(tmp_path / "x.npy", DATA["image"])
+    (tmp_path / "q.onnx.checkpoint").write_bytes(b"{}" * 40)
+    done = subprocess.run(
+        run_cli(tmp_path, "--steps", "5", "--resume"), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "q.onnx.checkpoint is not a checkpoint that can be read" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "q.onnx").exists()
 
 
 # ---- batches that models fix, compiling, precision
