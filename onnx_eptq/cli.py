@@ -78,6 +78,14 @@ def quantize(
             QUANT, "Add the mean error of rounded weights to the biases [on]", "--bias-correction/--no-bias-correction"
         ),
     ] = None,
+    equalize: Annotated[
+        bool | None,
+        option(
+            QUANT,
+            "Even out channels between layers where that lowers the layers' error [on]",
+            "--equalize/--no-equalize",
+        ),
+    ] = None,
     bits: Annotated[
         list[str] | None,
         option(QUANT, "Other bits for a layer or tensor, may be repeated", "--bits", metavar="PATTERN=BITS"),
@@ -103,6 +111,9 @@ def quantize(
     crop: Annotated[str | None, option(DATA, "Centre crop: 224, or HxW")] = None,
     color: Annotated[str | None, option(DATA, "Channel order of the model: rgb or bgr [rgb]")] = None,
     layout: Annotated[str | None, option(DATA, "nchw or nhwc [read off the model's input]")] = None,
+    views: Annotated[
+        int | None, option(RUN, "Views of each colour image to learn from [1 to 4, by the number of images]")
+    ] = None,
     cache_mb: Annotated[int | None, option(RUN, "Memory for outputs of the float model, in MB [1024]")] = None,
     compile: Annotated[bool | None, option(RUN, "Compile the learning step with torch.compile", "--compile")] = None,
     precision: Annotated[str | None, option(RUN, "Arithmetic of learning: float32 or bfloat16 [float32]")] = None,

@@ -22,6 +22,11 @@ class Config(BaseModel):
     )
     effort: Literal["fast", "default", "thorough"] = Field("default", description="How long learning takes")
     steps: int | None = Field(None, ge=1, description="Steps of learning per piece; by the effort by default")
+    views: int | None = Field(
+        None,
+        ge=1,
+        description="Views of each colour image to learn from: parts, mirrored; 1 to 4 by the number of images",
+    )
     cache_mb: int = Field(1024, ge=0, description="Memory for the float model's outputs and for solving layers, in MB")
     compile: bool = Field(False, description="Compile the learning step with torch.compile")
     precision: Literal["float32", "bfloat16"] = Field(
@@ -42,6 +47,9 @@ class Config(BaseModel):
         description="How weight scales are chosen: by the layer's output error, absmax, mse, or hmse (weighted by LFH)",
     )
     bias_correction: bool = Field(True, description="Add the mean error of rounded weights to the biases")
+    equalize: bool = Field(
+        True, description="Even out channels between layers, where that lowers the error of the layers behind"
+    )
     bits: dict[str, int] = Field(default_factory=dict, description="Bits for layers or tensors by name pattern")
     keep_float: tuple[str, ...] = Field((), description="Layers, operators or tensors kept float, by name pattern")
     num_samples: int | None = Field(None, ge=1, description="Calibration samples to use; all by default")

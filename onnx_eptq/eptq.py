@@ -37,12 +37,14 @@ from onnx_eptq.rounding import (
     annealed_beta,
     cosine,
 )
+from onnx_eptq.views import count_views, with_views
 
 HELD_SHARE, HELD_MOST, HELD_LEAST = 8, 128, 8  # one sample in eight is held out to judge by, within these bounds
 CHECKS = 8  # times per network-wide stage that the held-out samples are looked at
 CURVE = 50  # points of a recorded loss curve
 INTERVAL = 20.0  # seconds between checkpoints: what a killed run loses at most
 HESSIAN_SAMPLES = 64
+BATCH = 32  # samples per step that falling rates are made for
 Tensors = dict[str, Tensor]
 
 
@@ -59,10 +61,16 @@ class Problem:
     effort: Effort
     seed: int = 0
     multiple: int = 1  # the model takes multiples of so many samples
-    exact: bool = False  # and no more at a time; the effort's batch is then as large
+    chunk: int = 0  # and runs so many at a time; 0: as many as there are
+    views: int | None = 1  # of each image that are learned from; None: more, the fewer images there are
     cache_bytes: int = 2**30
     compile: bool = False
     bf16: bool = False
+
+    @property
+    def together(self) -> int:
+        """Samples of one run of a mirror."""
+        return self.chunk or self.effort.batch
 
 
 @dataclass
@@ -197,9 +205,11 @@ def _units(problem: Problem, piece: Piece) -> dict[str, float]:
     raw = pieces.raw_nodes(problem.teacher)
     names = [layer.output.name for layer in piece.layers]
     run = pieces.function(problem.teacher, pieces.placeholders(problem.teacher), [raw[name] for name in names])
-    few = [x[: problem.effort.batch] for x in problem.samples]
+    chunks = torch.split(torch.arange(min(problem.effort.batch, len(problem.samples[0]))), problem.together)
+    found = [run(*[x[chunk] for x in problem.samples]) for chunk in chunks]
     return {
-        name: float(value.square().mean().sqrt().clamp(min=1e-6)) for name, value in zip(names, run(*few), strict=True)
+        name: float(torch.cat(values).square().mean().sqrt().clamp(min=1e-6))
+        for name, values in zip(names, zip(*found, strict=True), strict=True)
     }
 
 
@@ -251,12 +261,12 @@ def _coefficients(
         wanted = -(-HESSIAN_SAMPLES // problem.multiple) * problem.multiple
         few = hessian.sample_ids(len(raw[0]), wanted, problem.seed)
         traces, _ = hessian.label_free_hessian(
-            problem.teacher, problem.graph, layers, [x[few] for x in raw], batch=problem.effort.batch, seed=problem.seed
+            problem.teacher, problem.graph, layers, [x[few] for x in raw], batch=problem.together, seed=problem.seed
         )
         weights = hessian.log_normalised(traces)
         return [stage.features * weights[layer.output.name] for layer in layers]
     _, scores = hessian.label_free_hessian(
-        problem.teacher, problem.graph, layers, raw, batch=problem.effort.batch, seed=problem.seed
+        problem.teacher, problem.graph, layers, raw, batch=problem.together, seed=problem.seed
     )
     if stage.last == "cap":
         scores = hessian.capped(scores, hessian.learning_targets(problem.graph))
@@ -348,7 +358,9 @@ class _Piece:
         if first:
             self.ours = self.theirs = list(problem.samples)
         self.cache = self._cached()
-        few = self._expected(torch.arange(min(problem.effort.batch, len(self.ours[0]))))
+        first_batch = torch.split(torch.arange(min(problem.effort.batch, len(self.ours[0]))), problem.together)
+        found = [self._expected(chunk) for chunk in first_batch]
+        few = [torch.cat(values) for values in zip(*found, strict=True)]
         self.coefficients = _coefficients(problem, stage, few[: len(few) - self.distributions], self.layers)
         self.penalties = self._penalties()
         groups = self.parts.groups(stage)
@@ -359,7 +371,7 @@ class _Piece:
     @torch.no_grad()
     def _cached(self) -> list[Tensor] | None:
         """The teacher's values for all samples, if they fit."""
-        batch, count = self.problem.effort.batch, len(self.theirs[0])
+        batch, count = self.problem.together, len(self.theirs[0])
         first = self.teacher(*[x[:batch] for x in self.theirs])
         size = sum(value.numel() * value.element_size() for value in first) / min(batch, count) * count
         if size > self.problem.cache_bytes or any(len(value) != min(batch, count) for value in first):
@@ -424,17 +436,22 @@ class _Piece:
     def step(self, index: Tensor, step: int, steps: int) -> Tensor:
         """One step of learning; returns the loss before it."""
         assert self.optimizer is not None
-        factor = 1.0 if self.stage.constant else cosine(step, steps, min(20, steps // 10))
+        factor = 1.0
+        if not self.stage.constant:  # smaller batches have noisier gradients
+            factor = cosine(step, steps, min(20, steps // 10)) * min(1.0, len(index) / BATCH) ** 0.5
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         self.parts.schedule(self.stage, step / steps)
-        loss = self.loss(index, step, steps)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        total = torch.zeros((), device=self.ours[0].device)
+        for part in torch.split(index, self.problem.together):
+            loss = self.loss(part, step, steps) * (len(part) / len(index))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
         self.optimizer.step()
         for weight in self.parts.weights.values():
             weight.project()
-        return loss.detach()
+        return total
 
     def undecided(self) -> tuple[int, int]:
         counts = [weight.undecided() for weight in self.parts.weights.values()]
@@ -487,8 +504,9 @@ class Learner:
     ) -> None:
         self.problem, self.student, self.saved, self.resume = problem, student, saved, resume
         self.learning = Learning(targets=hessian.learning_targets(problem.graph))
-        problem.samples, held = split(problem.samples, problem.seed, problem.multiple)
-        self.judge = Judge(problem.teacher, self.learning.targets, held, problem.effort.batch)
+        samples, held = split(problem.samples, problem.seed, problem.multiple)
+        problem.samples = with_views(samples, count_views(samples, problem.views, problem.cache_bytes), problem.seed)
+        self.judge = Judge(problem.teacher, self.learning.targets, held, problem.together)
         self.best: Tensors = {}
         self.stage = self.piece = self.step = 0
         self.running: _Piece | None = None
@@ -498,7 +516,7 @@ class Learner:
 
     def _pieces(self, stage: Stage) -> list[Piece]:
         problem, allowed = self.problem, set()
-        if stage.scope != "network" and not problem.exact:
+        if stage.scope != "network" and not problem.chunk:
             allowed = pieces.allowed_cuts(problem.graph, problem.teacher, problem.samples, problem.multiple)
         return pieces.pieces(problem.graph, problem.layers, stage.scope, allowed)
 
@@ -535,7 +553,7 @@ class Learner:
                     if layer.bias is not None and layer.bias.name in problem.plan:
                         student.constant(layer.bias.name).copy_(problem.teacher.constant(layer.bias.name))
         elif problem.method.start == "compensated":
-            batch = problem.effort.batch
+            batch = problem.together
             few = max(1, problem.effort.samples // batch) * batch
             chosen = [x[:few] for x in problem.samples]
             batches = [[x[i : i + batch] for x in chosen] for i in range(0, len(chosen[0]), batch)]
@@ -584,7 +602,7 @@ class Learner:
         run = pieces.function(
             mirror, pieces.input_nodes(mirror, piece.inputs, first), [finals[name] for name in piece.outputs]
         )
-        return pieces.advance(run, piece, kept, self.problem.effort.batch)
+        return pieces.advance(run, piece, kept, self.problem.together)
 
     def _learn(
         self,

@@ -27,6 +27,7 @@ from onnx_eptq.graph import STANDARD_DOMAINS
 Role = Literal["linear", "arithmetic", "same_grid", "clamp", "sensitive", "untouched"]
 Attributes = Mapping[str, Any]
 ChannelAxis = Callable[[Attributes, int], int | None]
+Carries = Callable[[Attributes, int, Sequence[Any], Sequence[Any] | None], int | None]
 Ints = Sequence[int] | None
 Static = Any  # Python data or a tensor
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -59,6 +60,10 @@ class Op:
             the error behind it.
         operands: Whether constant inputs are operands like any activation (Add), not parameters (LayerNormalization).
         static: Indices of the inputs that are shapes or parameters: plain Python data when constant.
+        carries: From the attributes, an axis of input 0 and the shapes of input 0 and the output to the output's axis that
+            holds the same channels, when multiplying a channel by a positive number multiplies it in the output (Relu);
+            None where it does not.
+        affine: Indices of the inputs that scale and shift the output's channels, one number each (LayerNormalization).
         bounds: The range that outputs cannot leave, when it is finite.
         n_outputs: Whether `function` takes `n_outputs`, the number of outputs the node really has.
     """
@@ -76,6 +81,8 @@ class Op:
     windows: bool = False
     joins: bool = False
     unary: bool = False
+    carries: Carries | None = None
+    affine: tuple[int, ...] = ()
     static: tuple[int, ...] = ()
     bounds: tuple[float, float] | None = None
     n_outputs: bool = False
@@ -103,6 +110,29 @@ def op_of(node: gs.Node) -> Op:
     if found is None:
         raise UnsupportedOp(f"'{node.name}' {op_name(node)} cannot be simulated; replace it by standard operators")
     return found
+
+
+def _in_place(_attributes: Attributes, axis: int, _before: Sequence[Any], _after: Sequence[Any] | None) -> int:
+    """`Op.carries` of an operator that leaves every channel where it is."""
+    return axis
+
+
+def _transposed(attributes: Attributes, axis: int, before: Sequence[Any], _after: Sequence[Any] | None) -> int:
+    """`Op.carries` of a Transpose."""
+    permutation = list(attributes.get("perm") or range(len(before))[::-1])
+    return permutation.index(axis)
+
+
+def _reshaped(_attributes: Attributes, axis: int, before: Sequence[Any], after: Sequence[Any] | None) -> int | None:
+    """`Op.carries` of an operator that keeps the elements' order: a last axis that stays, or one behind which all are 1."""
+    if not after or not isinstance(before[axis], int):
+        return None
+    if axis == len(before) - 1 and after[-1] == before[axis]:
+        return len(after) - 1
+    if any(size != 1 for size in before[axis + 1 :]):
+        return None
+    last = max((i for i, size in enumerate(after) if size != 1), default=0)
+    return last if after[last] == before[axis] else None
 
 
 def op(role: Role | Callable[[Attributes], Role], **facts: Any) -> Callable[[Function], Function]:
@@ -371,7 +401,7 @@ def _window_sum(x: Tensor, window: _Window) -> Tensor:
     return y.reshape(*x.shape[:2], *y.shape[2:])
 
 
-@op("arithmetic")
+@op("arithmetic", carries=_in_place)
 def AveragePool(
     x: Tensor,
     *,
@@ -397,7 +427,7 @@ def AveragePool(
     return _window_sum(x, fitted) / _window_sum(counted, fitted)
 
 
-@op("same_grid")
+@op("same_grid", carries=_in_place)
 def MaxPool(
     x: Tensor,
     *,
@@ -451,8 +481,10 @@ def _spatial(x: Tensor) -> tuple[int, ...]:
     return tuple(range(2, x.ndim))
 
 
-GlobalAveragePool = _unary("GlobalAveragePool", "arithmetic", lambda x: x.mean(_spatial(x), keepdim=True), decides=True)
-GlobalMaxPool = _unary("GlobalMaxPool", "same_grid", lambda x: x.amax(_spatial(x), keepdim=True))
+GlobalAveragePool = _unary(
+    "GlobalAveragePool", "arithmetic", lambda x: x.mean(_spatial(x), keepdim=True), decides=True, carries=_in_place
+)
+GlobalMaxPool = _unary("GlobalMaxPool", "same_grid", lambda x: x.amax(_spatial(x), keepdim=True), carries=_in_place)
 
 
 @op("arithmetic")
@@ -463,14 +495,14 @@ def GlobalLpPool(x: Tensor, *, p: int = 2) -> Tensor:
 
 # Activations
 
-Relu = _unary("Relu", "clamp", F.relu, unary=True)
+Relu = _unary("Relu", "clamp", F.relu, unary=True, carries=_in_place)
 Sigmoid = _unary("Sigmoid", "arithmetic", torch.sigmoid, bounds=(0.0, 1.0), unary=True, squashes=True)
 Tanh = _unary("Tanh", "arithmetic", torch.tanh, bounds=(-1.0, 1.0), unary=True)
 Softsign = _unary("Softsign", "arithmetic", F.softsign, bounds=(-1.0, 1.0), unary=True)
 Softplus = _unary("Softplus", "arithmetic", F.softplus, unary=True)
 Mish = _unary("Mish", "arithmetic", F.mish, unary=True)
 HardSwish = _unary("HardSwish", "arithmetic", lambda x: x * (x / 6 + 0.5).clamp(0, 1), unary=True)
-PRelu = _binary("PRelu", "arithmetic", lambda x, slope: torch.where(x < 0, slope * x, x))
+PRelu = _binary("PRelu", "arithmetic", lambda x, slope: torch.where(x < 0, slope * x, x), carries=_in_place)
 
 
 @op("clamp", static=(1, 2), unary=True)
@@ -489,7 +521,7 @@ def Clip(input: Tensor, min: Static = None, max: Static = None) -> Tensor:
     return input if max is None else input.clamp(max=scalar(max))
 
 
-@op("arithmetic", unary=True)
+@op("arithmetic", unary=True, carries=_in_place)
 def LeakyRelu(x: Tensor, *, alpha: float = 0.01) -> Tensor:
     """Return x where positive, else alpha * x."""
     return F.leaky_relu(x, alpha)
@@ -644,7 +676,7 @@ def Where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
 # Normalization
 
 
-@op("arithmetic")
+@op("arithmetic", affine=(1, 2), output_axis=1)
 def BatchNormalization(
     x: Tensor,
     scale: Tensor,
@@ -662,7 +694,7 @@ def BatchNormalization(
     return F.batch_norm(x, input_mean, input_var, scale, b, False, 0.0, epsilon)
 
 
-@op("arithmetic")
+@op("arithmetic", affine=(1, 2))
 def LayerNormalization(
     x: Tensor,
     scale: Tensor,
@@ -689,13 +721,13 @@ def _group_norm(x: Tensor, groups: int, scale: Tensor, bias: Tensor, epsilon: fl
     return torch.group_norm(x, groups, scale, bias, epsilon, torch.backends.cudnn.enabled)
 
 
-@op("arithmetic")
+@op("arithmetic", affine=(1, 2), output_axis=1)
 def InstanceNormalization(input: Tensor, scale: Tensor, b: Tensor, *, epsilon: float = 1e-5) -> Tensor:
     """Normalization of each channel of each sample."""
     return _group_norm(input, input.shape[1], scale, b, epsilon)
 
 
-@op("arithmetic")
+@op("arithmetic", affine=(1, 2), output_axis=1)
 def GroupNormalization(
     x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5, num_groups: int, stash_type: int = 1
 ) -> Tensor:
@@ -814,7 +846,7 @@ def CumSum(x: Tensor, axis: Static, *, exclusive: int = 0, reverse: int = 0) -> 
 
 # Shapes and layout
 
-Identity = _unary("Identity", "same_grid", lambda x: x)
+Identity = _unary("Identity", "same_grid", lambda x: x, carries=_in_place)
 Size = _unary("Size", "untouched", lambda x: torch.tensor(x.numel()))
 
 
@@ -824,32 +856,32 @@ def Shape(data: Tensor, *, end: int | None = None, start: int = 0) -> Tensor:
     return torch.tensor(data.shape[start:end], dtype=torch.int64)
 
 
-@op("same_grid", static=(1,))
+@op("same_grid", static=(1,), carries=_reshaped)
 def Reshape(data: Tensor, shape: Static, *, allowzero: int = 0) -> Tensor:
     """Another shape, where 0 keeps an axis and -1 takes the rest."""
     wanted = ints(shape)
     return data.reshape([data.shape[i] if n == 0 and not allowzero else n for i, n in enumerate(wanted)])
 
 
-@op("same_grid")
+@op("same_grid", carries=_reshaped)
 def Flatten(input: Tensor, *, axis: int = 1) -> Tensor:
     """Two axes: those before `axis`, and the others."""
     return input.reshape(math.prod(input.shape[:axis]), math.prod(input.shape[axis:]))
 
 
-@op("same_grid")
+@op("same_grid", carries=_transposed)
 def Transpose(data: Tensor, *, perm: Ints = None) -> Tensor:
     """Axes in another order, by default reversed."""
     return data.permute(tuple(perm) if perm is not None else tuple(reversed(range(data.ndim))))
 
 
-@op("same_grid", static=(1,))
+@op("same_grid", static=(1,), carries=_reshaped)
 def Squeeze(data: Tensor, axes: Static = None) -> Tensor:
     """Without the given axes of size 1, by default without all of them."""
     return data.squeeze() if axes is None else data.squeeze(_positive(axes, data.ndim))
 
 
-@op("same_grid", static=(1,))
+@op("same_grid", static=(1,), carries=_reshaped)
 def Unsqueeze(data: Tensor, axes: Static) -> Tensor:
     """With new axes of size 1, at these places in the output."""
     for axis in sorted(_positive(axes, data.ndim + len(ints(axes)))):

@@ -25,6 +25,7 @@ from onnx_eptq import calibrate, checkpoint, compensate, eptq, hessian, mirror, 
 from onnx_eptq import data as sources
 from onnx_eptq import graph as graphs
 from onnx_eptq.config import Config
+from onnx_eptq.equalize import equalize
 from onnx_eptq.errors import CoverageError, DataError, ModelError, OutputError, UsageError, VerificationError
 from onnx_eptq.methods import EFFORTS, METHODS, Effort, Method
 from onnx_eptq.plan import Layer, Plan, Rules, check_ops, check_plan, linear_layers, make_plan
@@ -34,10 +35,13 @@ from onnx_eptq.targets import TARGETS, Target
 from onnx_eptq.write import write
 
 WEIGHT_SAMPLES = 64  # samples on which weight scales compete; half of it for images of the size below and larger ones
+EVEN_SAMPLES = 16  # samples on which factors between channels are chosen
 FIDELITY_SAMPLES = 256
 PARITY_SAMPLES = 8
+OTHER_NUMBERS = 3.0  # dB above the whole error: half of it is then the runtime's own
 LOW_SQNR = 6.0  # dB; below, outputs differ from the float model's by half their size
 GROUP = 16  # samples at a time, where the model itself fixes a smaller batch
+MOST_TIMES = 2  # the steps, where batches are smaller than the effort's
 LEARN_ELEMENTS = 8 * 3 * 224 * 224  # of a batch to learn from, unless one sample is larger
 STEP_COST, START_COST = 1.5, 4.0  # of a step, and of the closed-form start, per sample; unit: a run of the float model
 LEAST_SAMPLES = 32  # that layers are solved with, whatever the memory
@@ -300,8 +304,7 @@ def estimate(job: Job) -> dict[str, float]:
     weights = candidates * weight_samples(job.batches) / job.batches.batch_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     model_mb = job.report.float_bytes / 2**20
-    method, effort = METHODS[job.config.method], EFFORTS[job.config.effort]
-    effort = replace(effort, steps=job.config.steps or effort.steps, batch=learning_batch(job, effort))
+    method, effort = METHODS[job.config.method], sized_effort(job)
     learning = learning_cost(method, effort) * spent / job.batches.batch_size if method.stages else 0.0
     held = 2 * job.config.cache_mb if method.stages else 0
     return {"seconds": spent * (rounds + weights + 2) + learning + 1, "peak_mb": peak + 4 * model_mb + 60 + held}
@@ -360,6 +363,8 @@ def make_teacher(job: Job) -> tuple[mirror.Mirror, Feed, gs.Graph]:
 def calibrated(job: Job, phases: Phases) -> Ready:
     """Ranges from all samples, weight scales by their output error, biases corrected."""
     config = job.config
+    if config.equalize:
+        evened(job, phases)
     teacher, batches, graph = make_teacher(job)
     stats = calibrate.observe(teacher, job.plan, job.layers, phases.over("calibrate", batches, len(batches)))
     qparams = calibrate.calibrate(job.plan, stats, teacher, config.calibration, calibrate.views(job.graph))
@@ -387,6 +392,14 @@ def calibrated(job: Job, phases: Phases) -> Ready:
     return Ready(graph, teacher, student, batches)
 
 
+def evened(job: Job, phases: Phases) -> None:
+    """Even out channels in the job's graph, and say where."""
+    few = Feed(job.batches).subset(EVEN_SAMPLES, job.config.seed)
+    with phases("equalize"):
+        teacher = mirror.build(job.graph).to(job.config.device)
+        job.report.evened = equalize(job.graph, teacher, job.plan, job.layers, few)
+
+
 def load_samples(teacher: mirror.Mirror, batches: Feed) -> list[torch.Tensor]:
     """All samples, one tensor per network input, on the mirror's device; images channels last, which convolves faster."""
     parts = [calibrate.feed(teacher, batch) for batch in batches]
@@ -394,22 +407,21 @@ def load_samples(teacher: mirror.Mirror, batches: Feed) -> list[torch.Tensor]:
     return [x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for x in samples]
 
 
-def learning_batch(job: Job, effort: Effort) -> int:
-    """Samples of one step."""
-    return max(1, min(effort.batch, LEARN_ELEMENTS // sample_elements(job.batches)))
+def sized_effort(job: Job) -> Effort:
+    """The effort asked for, with batches fitted to a sample's size and to what the model fixes; smaller ones, more steps."""
+    effort, fixed = EFFORTS[job.config.effort], job.batches.batch_size if has_fixed_batch(job) else 1
+    batch = max(1, min(effort.batch, LEARN_ELEMENTS // sample_elements(job.batches)) // fixed) * fixed
+    steps = effort.steps * max(1, min(MOST_TIMES, round((effort.batch / batch) ** 0.5)))
+    return replace(effort, steps=job.config.steps or steps, batch=batch)
 
 
 def effort_for(job: Job, ready: Ready) -> Effort:
-    """The effort asked for, fitted to the size of a sample and to batches that the model fixes."""
-    effort = EFFORTS[job.config.effort]
-    batch = learning_batch(job, effort)
-    if has_fixed_batch(job):
-        batch = job.batches.batch_size * (1 if ready.graph is job.graph else max(1, batch // job.batches.batch_size))
+    """The sized effort, with as many samples for the closed-form start as the memory holds."""
+    effort = sized_effort(job)
     first = calibrate.feed(ready.teacher, next(iter(ready.batches)))
     held = compensate.held_bytes(ready.teacher, linear_layers(ready.graph), first)
     fitting = job.config.cache_mb * 2**20 // max(1, held)
-    samples = max(min(effort.samples, LEAST_SAMPLES), min(effort.samples, fitting))
-    return replace(effort, steps=job.config.steps or effort.steps, batch=batch, samples=samples)
+    return replace(effort, samples=max(min(effort.samples, LEAST_SAMPLES), min(effort.samples, fitting)))
 
 
 def learning_cost(method: Method, effort: Effort) -> float:
@@ -436,7 +448,8 @@ def learning_problem(job: Job, ready: Ready, method: Method | None = None) -> ep
         effort_for(job, ready),
         seed=config.seed,
         multiple=job.batches.batch_size if has_fixed_batch(job) else 1,
-        exact=has_fixed_batch(job) and ready.graph is job.graph,
+        chunk=job.batches.batch_size if has_fixed_batch(job) and ready.graph is job.graph else 0,
+        views=config.views,
         cache_bytes=config.cache_mb * 2**20,
         compile=config.compile,
         bf16=config.precision == "bfloat16",
@@ -492,7 +505,7 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
         with phases("compare"):
             some = job.batches.subset(FIDELITY_SAMPLES, job.config.seed)
             report.fidelity = verify.measure_fidelity(job.source, staged.path, some, threads)
-        report.warnings += low_fidelity(report.fidelity)
+        report.warnings += low_fidelity(report.fidelity) + other_numbers(report.parity, report.fidelity)
         report.bytes = graphs.file_bytes(staged.path)
         if output is not None:
             staged.publish()
@@ -505,6 +518,16 @@ def low_fidelity(fidelity: verify.Fidelity) -> list[str]:
         f"output '{name}' is {decibel} dB from the float model's: expect a loss; try more bits"
         for name, decibel in fidelity.sqnr_db.items()
         if decibel < LOW_SQNR
+    ]
+
+
+def other_numbers(parity: verify.Parity, fidelity: verify.Fidelity) -> list[str]:
+    """A warning for every output that the runtime's optimisations change as much as quantization does."""
+    return [
+        f"output '{name}': ONNX Runtime's full optimisation computes other numbers ({decibel} dB from the simulation); "
+        "run the file at basic optimisation, and please report it with the model"
+        for name, decibel in parity.optimized_db.items()
+        if decibel < fidelity.sqnr_db.get(name, 0.0) + OTHER_NUMBERS
     ]
 
 

@@ -375,6 +375,9 @@ class _Planner:
         else:
             bits = self.rules.act_bits
             bits = self.bits(max(EDGE_BITS, bits) if self.wide(tensor) else bits, tensor.name)
+            # Shares of one must not saturate, or they no longer sum to it; with few steps small ones would be lost for that.
+            shares = producer is not None and op_of(producer).decides and op_of(producer).bounds == (0.0, 1.0)
+            whole = whole or (shares and bits >= EDGE_BITS)
             point = QuantPoint(
                 tensor.name, Grid(bits, False), "activation", limits=_limits(producer), whole_range=whole
             )
@@ -430,6 +433,8 @@ class _Planner:
         name = layer.weight.name
         if id(layer.node) in self.kept:
             self.plan.floats[name] = self.region[id(layer.node)]
+        elif layer.source.name not in self.plan and layer.node.op in self.target.rounds_inputs:
+            self.plan.floats[name] = "its input stays float, and with an integer weight the runtime would round it"
         elif name not in self.plan:
             bits = self.bits(self.rules.weight_bits, layer.node.name, name)
             self.plan[name] = QuantPoint(name, Grid(bits, True, layer.axis), "weight")
@@ -438,7 +443,8 @@ class _Planner:
         if layer.bias is None:
             return
         name, source = layer.bias.name, layer.source.name
-        if id(layer.node) in self.kept or id(layer.bias_node) in self.kept:
+        kept = id(layer.node) in self.kept or id(layer.bias_node) in self.kept
+        if kept or layer.weight.name not in self.plan:
             self.plan.floats[name] = "bias of a layer that is kept float"
         elif source not in self.plan:
             self.plan.floats[name] = f"the layer's input '{source}' is float"

@@ -7,12 +7,17 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Target:
-    """One record; `storage` maps a weight width in bits to the form its integers are stored in (see `write.STORAGE`)."""
+    """One record; `storage` maps a weight width in bits to the form its integers are stored in (see `write.STORAGE`).
+
+    `rounds_inputs` names the operators that the runtime computes on inputs of 8 bits when only their weights are quantized:
+    no simulation shows that, so such weights stay float.
+    """
 
     name: str
     description: str
     storage: dict[int, str] = field(default_factory=dict)
     activation_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    rounds_inputs: tuple[str, ...] = ()
 
     @property
     def weight_bits(self) -> tuple[int, ...]:
@@ -28,6 +33,7 @@ TARGETS: dict[str, Target] = {
             "ONNX Runtime >= 1.23.2: small files whose weights become int8 when the session is created, so that the "
             "integer kernels run",
             storage={2: "lut", 3: "lut", 4: "cast", 5: "int8", 6: "int8", 7: "int8", 8: "int8"},
+            rounds_inputs=("MatMul", "Gemm"),  # become MatMulNBits, whose inputs are rounded anew for each block of 32
         ),
         Target(
             "onnx",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike, fspath
@@ -46,7 +47,8 @@ class Parity:
 
     `float_*`: every quantized value with the runtime's optimisations off. `integer_*`: values that the runtime's integer
     kernels for Conv, Gemm and MatMul compute, against exact integer arithmetic. `fused_*`: values of its other integer
-    kernels (Add, Concat, pooling, ...), against the mirror. `basic_equals_off`: network outputs bit for bit.
+    kernels (Add, Concat, pooling, ...), against the mirror. `basic_equals_off`: network outputs bit for bit. `optimized_db`:
+    signal-to-noise ratio of each float output at full optimisation, where the signal is that with optimisations off.
     """
 
     float_values: int = 0
@@ -60,6 +62,7 @@ class Parity:
     fused_differences: int = 0
     fused_max_steps: int = 0
     basic_equals_off: bool = True
+    optimized_db: dict[str, float] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
 
 
@@ -353,7 +356,8 @@ def check_parity(
     names = {value: codes for value, codes in _codes_names(model).items() if value in plan}
     _check_complete(model, student, plan, names)
     off = session(_exposing(model, sorted(set(names.values()))), "off", threads, folder=folder)
-    plain, basic = session(written, "off", threads), session(written, "basic", threads)
+    plain, basic, full = (session(written, level, threads) for level in ("off", "basic", "all"))
+    noise = _Noise()
     optimized = _Optimized(written, names, threads, folder)
     parity.kernels = optimized.kernels
     ends = _layers_by_value(layers, plan)
@@ -366,6 +370,8 @@ def check_parity(
             _check_integer(parity, ends, plan, quantized, optimized, batch)
             _check_fused(parity, student, plan, optimized, batch)
             _check_basic(parity, outputs, run(basic, batch))
+            noise.add(outputs, run(full, batch))
+    parity.optimized_db = noise.decibels()
     if parity.float_differences > max(FREE, MAX_SHARE * parity.float_elements):
         raise VerificationError(
             f"the written file and the simulation differ in {parity.float_differences} of {parity.float_elements} elements; "
@@ -395,26 +401,37 @@ def measure_fidelity(
     Agreement is over axis 1 (or the last one of two), where that axis has at least two entries.
     """
     ours, theirs = session(float_model, "all", threads), session(written, "all", threads)
-    names = [output.name for output in ours.get_outputs()]
-    signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    agree, total = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
-    samples = 0
+    noise, agree, total, samples = _Noise(), Counter[str](), Counter[str](), 0
     for batch in batches:
         expected, found = run(ours, batch), run(theirs, batch)
         samples += len(next(iter(batch.values())))
-        for name in names:
-            a, b = np.asarray(expected[name], np.float64), np.asarray(found[name], np.float64)
-            signal[name] += float((a**2).sum())
-            noise[name] += float(((a - b) ** 2).sum())
+        noise.add(expected, found)
+        for name, a in expected.items():
             if a.ndim >= 2 and a.shape[1] > 1:
-                same = a.argmax(1) == b.argmax(1)
+                same = a.argmax(1) == found[name].argmax(1)
                 agree[name] += int(same.sum())
                 total[name] += same.size
-    return Fidelity(
-        samples,
-        {
-            name: round(float(10 * np.log10(signal[name] / max(noise[name], 1e-30))) if signal[name] else 0.0, 2)
-            for name in names
-        },
-        {name: round(100 * agree[name] / total[name], 2) for name in names if total[name]},
-    )
+    agreement = {name: round(100 * agree[name] / total[name], 2) for name in total if total[name]}
+    return Fidelity(samples, noise.decibels(), agreement)
+
+
+class _Noise:
+    """Power of outputs, and of what others differ from them, over all batches."""
+
+    def __init__(self) -> None:
+        self.signal: dict[str, float] = {}
+        self.noise: dict[str, float] = {}
+
+    def add(self, expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> None:
+        """Add one batch of outputs by name."""
+        for name, values in expected.items():
+            a, b = np.asarray(values, np.float64), np.asarray(found[name], np.float64)
+            self.signal[name] = self.signal.get(name, 0.0) + float((a**2).sum())
+            self.noise[name] = self.noise.get(name, 0.0) + float(((a - b) ** 2).sum())
+
+    def decibels(self) -> dict[str, float]:
+        """Signal-to-noise ratio per output in dB; 0 for outputs that are all zero."""
+        return {
+            name: round(float(10 * np.log10(signal / max(self.noise[name], 1e-30))), 2) if signal else 0.0
+            for name, signal in self.signal.items()
+        }

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import models
 import onnx_eptq
 from models import MODELS, f32, i64, parse, weights
-from onnx_eptq import checkpoint, eptq, pieces
+from onnx_eptq import checkpoint, eptq, pieces, pipeline
 from onnx_eptq.eptq import Judge, Learner
 from onnx_eptq.errors import UsageError
 from onnx_eptq.methods import EFFORTS, METHODS, Method, Stage
@@ -29,6 +29,7 @@ from onnx_eptq.plan import Rules
 from onnx_eptq.rounding import ROUNDINGS, LearnedBias, LearnedScale
 
 LEARNED = sorted(set(METHODS) - {"rtn"})
+LAYERS = Method((Stage("layer", "latent", weight_rate=0.015, scale_rate=0.0045, bias_rate=0.0045),), "rtn")
 BLOCKS = Method((Stage("block", "latent", activations="drop", weight_rate=0.05),))  # with random choices
 TWICE = Method((Stage("layer", "latent", weight_rate=0.02), Stage("block", "frozen"), Stage("network", "latent", kl=1)))
 W = weights(20)
@@ -145,6 +146,35 @@ def test_every_method_learns(name, method):
     assert learner.learning.kept not in ("rtn", "compensated")
     assert learner.learning.seconds > 0
     assert learner.learning.curve
+
+
+@pytest.mark.parametrize("method", [replace(METHODS["eptq"], start="rtn"), "eptq-v1"], ids=["latent", "soft"])
+def test_steps_in_chunks_are_steps_of_the_whole_batch(method):
+    """A model that runs four samples at a time learns from sixteen as one that takes them at once."""
+    students = []
+    for chunk in (0, 4):
+        found = case("residual", 3, 8)
+        learner = Learner(replace(models.problem(found, method, steps=5), chunk=chunk), found.student)
+        losses = torch.stack(list(learner))
+        students.append((losses, learner.learning.distances))
+    torch.testing.assert_close(students[0][0], students[1][0], rtol=1e-3, atol=1e-5)
+    for name, distance in students[0][1].items():
+        assert students[1][1][name] == pytest.approx(distance, rel=0.05)
+
+
+def test_falling_rates_shrink_with_the_batch():
+    """By the square root of its share of 32; constant rates, as published methods have them, stay."""
+    for method, share in (("eptq", 0.5), ("eptq-v1", 1.0)):
+        rates = {}
+        for batch in (8, 32):
+            found = case("residual")
+            problem = models.problem(found, method)
+            problem.effort = replace(problem.effort, batch=batch)
+            learner = Learner(problem, found.student)
+            next(iter(learner))
+            assert learner.running is not None
+            rates[batch] = learner.running.optimizer.param_groups[0]["lr"]
+        assert rates[8] == pytest.approx(share * rates[32])
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -374,7 +404,7 @@ def test_baked_students_compute_and_export_what_was_learned(name, rounding):
 @pytest.mark.parametrize("bits", [3, 8])
 def test_the_written_file_holds_the_learned_codes(tmp_path, monkeypatch, method, bits):
     students = []
-    finish = onnx_eptq.pipeline.finish
+    finish = pipeline.finish
     monkeypatch.setattr(
         "onnx_eptq.pipeline.finish",
         lambda job, student, *rest: (students.append((student, job.plan)), finish(job, student, *rest))[1],
@@ -429,7 +459,7 @@ def uninterrupted(name, method):
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.5, 0.77, 0.99])
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("residual", "eptq"), ("residual", BLOCKS), ("matmul", "adaquant"), ("concat", "eptq-v1"), ("attention", TWICE)],
+    [("residual", "eptq"), ("residual", BLOCKS), ("matmul", LAYERS), ("concat", "eptq-v1"), ("attention", TWICE)],
     ids=["eptq", "blocks", "layers", "soft", "three stages"],
 )
 def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(tmp_path, name, method, share):

@@ -1,0 +1,206 @@
+"""Channels evened out: the float network computes the same bits, places are those it may be done at, errors fall."""
+
+import numpy as np
+import pytest
+import torch
+
+import onnx_eptq
+from models import MODELS, ORT_TARGET, feeds, i64, parse, prepared, run_ort, scalar, weights
+from onnx_eptq import graph as og
+from onnx_eptq import mirror
+from onnx_eptq.calibrate import apply_linear
+from onnx_eptq.equalize import EXPONENTS, REACH, candidates, equalize, find_places, scaled_weight
+from onnx_eptq.plan import linear_layers, make_plan
+
+W = weights(8)
+SPREAD = (2.0 ** np.linspace(-4, 4, 6)).astype(np.float32)  # channels of very different size
+
+
+def spread(*shape, axis=0):
+    """A weight whose output channels along `axis` differ in size."""
+    sizes = SPREAD[: shape[axis]]
+    return W(*shape) * sizes.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+
+
+B = W(6) * SPREAD
+PLACES = {
+    "conv": parse(
+        "(float[N,4,8,8] x) => (float[N,5,8,8] y) { a = Conv (x, w, b) c = Relu (a) y = Conv (c, v) }",
+        w=spread(6, 4, 1, 1),
+        b=B,
+        v=W(5, 6, 1, 1),
+    ),
+    "depthwise": parse(
+        "(float[N,4,8,8] x) => (float[N,6,8,8] y) { c = Conv (x, w, b) y = Conv <group=6, pads=[1,1,1,1]> (c, v) }",
+        w=spread(6, 4, 1, 1),
+        b=B,
+        v=W(6, 1, 3, 3),
+    ),
+    "grouped": parse(
+        "(float[N,4,8,8] x) => (float[N,4,6,6] y) { c = Conv (x, w) y = Conv <group=2> (c, v) }",
+        w=spread(6, 4, 1, 1),
+        v=W(4, 3, 3, 3),
+    ),
+    "leaky and pooled": parse(
+        "(float[N,4,8,8] x) => (float[N,5] y) { a = Conv (x, w, b) c = LeakyRelu (a) d = MaxPool <kernel_shape=[2,2], "
+        "strides=[2,2]> (c) e = GlobalAveragePool (d) f = Flatten (e) y = Gemm (f, v) }",
+        w=spread(6, 4, 1, 1),
+        b=B,
+        v=W(6, 5),
+    ),
+    "transposed convolutions": parse(
+        "(float[N,4,5,5] x) => (float[N,5,11,11] y) { c = ConvTranspose <strides=[2,2]> (x, w, b) y = ConvTranspose (c, v) }",
+        w=spread(4, 6, 3, 3, axis=1),
+        b=B,
+        v=W(6, 5, 1, 1),
+    ),
+    "matrices": parse(
+        "(float[N,9,4] x) => (float[N,9,5] y) { a = MatMul (x, w) c = Add (a, b) y = MatMul (c, v) }",
+        w=spread(4, 6, axis=1),
+        b=B,
+        v=W(6, 5),
+    ),
+    "moved": parse(
+        "(float[N,4,8,8] x) => (float[N,64,5] y) { a = Conv (x, w, b) c = Transpose <perm=[0,2,3,1]> (a) "
+        "d = Reshape (c, shape) y = MatMul (d, v) }",
+        w=spread(6, 4, 1, 1),
+        b=B,
+        v=W(6, 5),
+        shape=i64(0, 64, 6),
+    ),
+    "layer normalization": parse(
+        "(float[N,9,6] x) => (float[N,9,5] y, float[N,9,3] z) { c = LayerNormalization (x, w, b) "
+        "y = MatMul (c, v) z = MatMul (c, u) }",
+        w=SPREAD,
+        b=B,
+        v=W(6, 5),
+        u=W(6, 3),
+    ),
+    "slope per channel": parse(
+        "(float[N,4,8,8] x) => (float[N,5,8,8] y) { a = Conv (x, w) c = PRelu (a, slope) y = Conv (c, v) }",
+        w=spread(6, 4, 1, 1),
+        slope=np.abs(W(6, 1, 1)),
+        v=W(5, 6, 1, 1),
+    ),
+}
+CONV = "(float[N,4,8,8] x) => (float[N,5,8,8] y{more}) {{ {text} }}"
+NO_PLACES = {
+    "squashed": ("a = Conv (x, w) c = Sigmoid (a) y = Conv (c, v)", ""),
+    "clipped": ("a = Conv (x, w) c = Clip (a, low, high) y = Conv (c, v)", ""),
+    "an output": ("c = Conv (x, w) y = Conv (c, v)", ", float[N,6,8,8] c"),
+    "added": ("c = Conv (x, w) d = Add (c, c) y = Conv (d, v)", ""),
+    "also read by another": ("c = Conv (x, w) f = Sigmoid (c) y = Conv (c, v)", ", float[N,6,8,8] f"),
+    "weights in two places": ("a = Conv (x, w) c = Relu (a) d = Conv (x, w) y = Conv (c, v)", ", float[N,6,8,8] d"),
+    "the input": ("y = Conv (x, v4)", ""),
+}
+
+
+def ready(proto):
+    graph = prepared(proto)
+    plan = make_plan(graph, ORT_TARGET)
+    return graph, plan, linear_layers(graph)
+
+
+def evened(proto, graph, plan, layers):
+    return equalize(graph, mirror.build(graph), plan, layers, feeds(proto))
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_the_float_network_keeps_its_bits(name):
+    proto = PLACES[name]
+    graph, plan, layers = ready(proto)
+    before = og.to_model(og.copy(graph))
+    (found,) = evened(proto, graph, plan, layers)
+    assert found.spread >= 4
+    assert found.error < 0.9
+    after = og.to_model(graph)
+    assert after != before
+    for feed in feeds(proto):
+        for name, values in run_ort(before, feed).items():
+            np.testing.assert_array_equal(values, run_ort(after, feed)[name])
+
+
+@pytest.mark.parametrize("name", NO_PLACES)
+def test_where_channels_cannot_be_scaled(name):
+    text, more = NO_PLACES[name]
+    constants = {"w": spread(6, 4, 1, 1), "v": W(5, 6, 1, 1), "v4": W(5, 4, 1, 1), "low": scalar(0), "high": scalar(6)}
+    used = {key: value for key, value in constants.items() if f" {key}" in text}
+    proto = parse(CONV.format(text=text, more=more), **used)
+    graph, plan, layers = ready(proto)
+    assert find_places(graph, layers, plan) == []
+    assert evened(proto, graph, plan, layers) == []
+
+
+def test_float_values_and_weights_are_left_alone():
+    proto = PLACES["conv"]
+    graph, plan, layers = ready(proto)
+    (place,) = find_places(graph, layers, plan)
+    for name in (place.value, layers[1].weight.name):
+        fewer = plan.copy()
+        del fewer[name]
+        assert find_places(graph, layers, type(plan)(fewer)) == []
+
+
+@pytest.mark.parametrize("name", ["conv", "grouped", "transposed convolutions", "matrices"])
+def test_a_scaled_weight_reads_scaled_inputs(name):
+    """W * s on x / s is W on x, for the operator itself."""
+    proto = PLACES[name]
+    graph, plan, layers = ready(proto)
+    (place,) = find_places(graph, layers, plan)
+    (layer,) = place.readers
+    x = torch.randn(2, *[5 if i + 1 != place.axis else 6 for i in range(len(layer.source.shape) - 1)])
+    s = 2.0 ** torch.arange(-2.0, 4.0)
+    weight = torch.from_numpy(np.array(layer.weight.values))
+    shape = [-1 if i == place.axis else 1 for i in range(x.ndim)]
+    torch.testing.assert_close(
+        apply_linear(layer, x / s.reshape(shape), scaled_weight(layer, weight, s)), apply_linear(layer, x, weight)
+    )
+
+
+def test_candidates_are_powers_of_two_and_begin_with_ones():
+    graph, plan, layers = ready(PLACES["conv"])
+    (place,) = find_places(graph, layers, plan)
+    weight = torch.from_numpy(np.array(place.readers[0].weight.values))
+    seen = torch.tensor([0.01, 1.0, 2.0, 8.0, 64.0, 0.0])
+    found = candidates(place, seen, [weight])
+    assert torch.equal(found[0], torch.ones(6))
+    assert len(found) <= 1 + len(EXPONENTS)
+    for factors in found:
+        assert torch.equal(factors.log2(), factors.log2().round())
+        assert factors.log2().abs().max() <= REACH
+        assert factors[5] == 1  # a dead channel stays as it is
+    assert any(factors[3] >= 4 * factors[1] for factors in found)
+
+
+def test_even_channels_stay():
+    proto = parse(
+        "(float[N,4,8,8] x) => (float[N,5,8,8] y) { c = Conv (x, w) y = Conv (c, v) }",
+        w=np.ones((6, 4, 1, 1), np.float32),
+        v=W(5, 6, 1, 1),
+    )
+    assert evened(proto, *ready(proto)) == []
+
+
+@pytest.mark.parametrize("name", ["depthwise", "layer normalization"])
+def test_the_written_file_gains(name):
+    proto = PLACES[name]
+    data = {key: np.concatenate([feed[key] for feed in feeds(proto, batch=32)]) for key in feeds(proto)[0]}
+    found = {
+        switch: onnx_eptq.quantize(proto, data, method="rtn", equalize=switch, threads=1).report
+        for switch in (False, True)
+    }
+    assert not found[False].evened
+    assert "equalized  channels of 1 values" in str(found[True])
+    for output, decibel in found[True].fidelity.sqnr_db.items():
+        assert decibel > found[False].fidelity.sqnr_db[output] + 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_keeps_its_numbers(name):
+    proto = MODELS[name]()
+    graph, plan, layers = ready(proto)
+    before = og.to_model(og.copy(graph))
+    evened(proto, graph, plan, layers)
+    for feed in feeds(proto):
+        for output, values in run_ort(before, feed).items():
+            np.testing.assert_allclose(run_ort(og.to_model(graph), feed)[output], values, rtol=1e-5, atol=1e-6)
