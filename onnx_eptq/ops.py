@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onnx_eptq import islands
 from onnx_eptq.errors import UnsupportedOp
 from onnx_eptq.graph import STANDARD_DOMAINS
 
@@ -61,6 +62,7 @@ class Op:
         static: Indices of the inputs that are shapes or parameters: plain Python data when constant.
         bounds: The range that outputs cannot leave, when it is finite.
         n_outputs: Whether `function` takes `n_outputs`, the number of outputs the node really has.
+        island: Whether no function stands for the operator: ONNX Runtime computes it (`islands`).
     """
 
     function: Callable[..., Any]
@@ -79,6 +81,7 @@ class Op:
     static: tuple[int, ...] = ()
     bounds: tuple[float, float] | None = None
     n_outputs: bool = False
+    island: bool = False
 
     def role_of(self, attributes: Attributes) -> Role:
         """Return the role of a node that has these attributes."""
@@ -93,13 +96,25 @@ def op_name(node: gs.Node) -> str:
     return str(node.op) if node.domain in STANDARD_DOMAINS else f"{node.domain}.{node.op}"
 
 
+def _no_function(*inputs: Tensor) -> Tensor:
+    raise NotImplementedError("an island is computed by ONNX Runtime")
+
+
+ISLAND = Op(_no_function, "sensitive", squashes=True, island=True)
+_QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear")
+
+
 def op_of(node: gs.Node) -> Op:
     """Return what is known about a node's operator: the one place where every stage looks it up.
+
+    What the table lacks and ONNX Runtime has is an island: it stays float, and gradients end in it.
 
     Raises:
         UnsupportedOp: nothing is known.
     """
     found = OPS.get(op_name(node))
+    if found is None and node.op not in _QUANTIZED and islands.can_run(node):
+        return ISLAND
     if found is None:
         raise UnsupportedOp(f"'{node.name}' {op_name(node)} cannot be simulated; replace it by standard operators")
     return found
@@ -966,14 +981,13 @@ def Trilu(input: Tensor, k: Static = None, *, upper: int = 1) -> Tensor:
 # Gather and scatter
 
 
-@op("same_grid")
+@op("same_grid", operands=True)
 def Gather(data: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
     """Elements along an axis, in an order and shape that the indices give."""
     axis %= data.ndim
     index = _wrapped(indices, data.shape[axis], data.device)
-    return data.index_select(axis, index.reshape(-1)).reshape(
-        *data.shape[:axis], *indices.shape, *data.shape[axis + 1 :]
-    )
+    wanted = [*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :]]  # empty for one element of a vector
+    return data.index_select(axis, index.reshape(-1)).reshape(wanted)
 
 
 @op("untouched")
@@ -1077,7 +1091,10 @@ def NonMaxSuppression(
             if not left.numel():
                 break
             kept.append(torch.stack([left.new_tensor(batch), left.new_tensor(label), left[0]]))
-            left = left[1:][_overlaps(low[batch, left], high[batch, left])[1:] <= most]
+            overlapping = (
+                _overlaps(low[batch, left], high[batch, left])[1:] > most
+            )  # never where both are empty (0 / 0)
+            left = left[1:][~overlapping]
     return torch.stack(kept) if kept else torch.zeros((0, 3), dtype=torch.int64, device=scores.device)
 
 

@@ -29,7 +29,7 @@ from onnx_eptq.errors import CoverageError, DataError, ModelError, OutputError, 
 from onnx_eptq.methods import EFFORTS, METHODS, Effort, Method
 from onnx_eptq.plan import Layer, Plan, Rules, check_ops, check_plan, linear_layers, make_plan
 from onnx_eptq.prepare import add_biases, free_batch, prepare
-from onnx_eptq.report import Phases, Report, measure_coverage
+from onnx_eptq.report import Phases, Report, find_islands, measure_coverage
 from onnx_eptq.targets import TARGETS, Target
 from onnx_eptq.write import write
 
@@ -150,6 +150,7 @@ def begin(
     batches = open_batches(graph, data, config)
     label = str(model) if isinstance(model, str | os.PathLike) else graph.name or "model"
     report = Report(onnx_eptq.__version__, label, config.model_dump(mode="json", exclude_defaults=True), coverage)
+    report.islands = find_islands(graph)
     report.storage = {bits: target.storage[bits] for bits in coverage.layers_by_bits}
     report.output = None if output is None else str(output)
     report.preparation = {name: count for name, count in changes.items() if count}

@@ -26,6 +26,7 @@ Limits = tuple[float | None, float | None]
 CONSTANT_BITS = 8  # operands such as positional embeddings; narrower ones cost accuracy and save nothing
 EDGE_BITS = 8  # the network's inputs and outputs: sensors and readers speak 8 bits; and what `wide` names
 BIAS_BITS = 32
+ISLAND_REASON = "{} is left to ONNX Runtime, in float"
 
 
 @dataclass(frozen=True)
@@ -269,9 +270,11 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> dict[int, str]:
     spectrogram.
     """
     region = {id(node): "kept float as asked" for node in graph.nodes if id(node) in kept}
-    region |= {id(n): f"{n.op} needs float" for n in graph.nodes if role_of(n) == "sensitive" and id(n) not in region}
+    seeds = (n for n in graph.nodes if role_of(n) == "sensitive" and id(n) not in region)
+    region |= {id(n): ISLAND_REASON.format(n.op) if op_of(n).island else f"{n.op} needs float" for n in seeds}
     region |= {id(n): "applies a mask of huge numbers" for n in graph.nodes if _masks(n) and id(n) not in region}
-    growing = {key for key, reason in region.items() if reason != "kept float as asked"}
+    islands = {id(node) for node in graph.nodes if op_of(node).island}  # what reads or feeds them can be quantized
+    growing = {key for key, reason in region.items() if reason != "kept float as asked" and key not in islands}
     outputs = {id(tensor) for tensor in graph.outputs}
     depth: dict[int, int] = {}  # linear operators on the longest way from an input to a node, itself included
     for node in graph.nodes:
@@ -284,6 +287,8 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> dict[int, str]:
     def joins(node: gs.Node) -> bool:
         if role_of(node) not in ("linear", "arithmetic", "same_grid", "clamp") or not is_float(node.outputs[0]):
             return False
+        if role_of(node) == "linear" and not any(is_constant(tensor) for tensor in node.inputs[:2]):
+            return False  # a product of two activations, before the mask of an attention: worth its 8 bits
         consumers = [consumer for tensor in node.outputs for consumer in tensor.outputs]
         if consumers and all(inside(c, node) for c in consumers) and not any(id(t) in outputs for t in node.outputs):
             return True
@@ -312,6 +317,7 @@ class _Planner:
         self.plan = Plan()
         self.layers = linear_layers(graph)
         self.outputs = {id(tensor) for tensor in graph.outputs}
+        self.nodes = {id(node) for node in graph.nodes}
         kept = {id(n) for n in graph.nodes if _matches(rules.keep_float, n.name, n.op)}
         kept |= {id(layer.node) for layer in self.layers if _matches(rules.keep_float, layer.weight.name)}
         self.kept, self.region = kept, _float_region(graph, kept)
@@ -330,6 +336,8 @@ class _Planner:
         if id(tensor) in self.bias_sums:
             return True
         (consumer,) = tensor.outputs
+        if id(consumer) not in self.nodes:  # inside a subgraph, where nothing is quantized
+            return False
         clamps = role_of(consumer) == "clamp" and id(consumer) not in self.region
         return clamps and bool(tensor.inputs) and role_of(tensor.inputs[0]) in ("linear", "arithmetic")
 
@@ -371,7 +379,7 @@ class _Planner:
         whole = id(tensor) in self.outputs or any(op_of(reader).decides for reader in tensor.outputs)
         if tied:
             self.plan[tied] = replace(self.plan[tied], whole_range=whole or self.plan[tied].whole_range)
-            point = replace(self.plan[tied], value=tensor.name, tied_to=tied, moved=True)
+            point = replace(self.plan[tied], value=tensor.name, role="activation", tied_to=tied, moved=True)
         else:
             bits = self.rules.act_bits
             bits = self.bits(max(EDGE_BITS, bits) if self.wide(tensor) else bits, tensor.name)
