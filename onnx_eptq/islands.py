@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from onnx_eptq import graph as graphs
 from onnx_eptq.errors import ModelError
 
-
 _RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 
 
