@@ -51,6 +51,8 @@ class Op:
         decides: Whether the largest inputs decide the result, so that they must not saturate (Softmax, ArgMax, TopK).
         squashes: Whether gradients vanish or end in it (Softmax, Sigmoid, ArgMax): as the end of a network, it is cut off
             before sensitivities and learning targets are taken.
+        selects: Whether values decide which elements come out, in which order or how many (TopK, NonMaxSuppression): element
+            by element, such outputs of two networks cannot be compared.
         accumulates: Whether a kernel that computes a linear operator can add the other input in its accumulator (Add), so that
             the linear operator's own output exists nowhere.
         windows: Whether each output position reads one window of the input, `strides` apart, with `pads` around it (Conv), so
@@ -74,6 +76,7 @@ class Op:
     operands: bool = False
     decides: bool = False
     squashes: bool = False
+    selects: bool = False
     accumulates: bool = False
     windows: bool = False
     joins: bool = False
@@ -809,7 +812,7 @@ ArgMax = _place("ArgMax", torch.argmax)
 ArgMin = _place("ArgMin", torch.argmin)
 
 
-@op("untouched", static=(1,), decides=True, squashes=True)
+@op("untouched", static=(1,), decides=True, squashes=True, selects=True)
 def TopK(x: Tensor, k: Static, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> tuple[Tensor, Tensor]:
     """The k largest or smallest along an axis and their indices; among equals the first."""
     values, indices = torch.sort(x, dim=axis, descending=bool(largest), stable=True)
@@ -1036,14 +1039,14 @@ def ScatterND(data: Tensor, indices: Tensor, updates: Tensor, *, reduction: str 
     return _scatter(rows, 0, row.reshape(-1, 1).expand_as(new), new, reduction).reshape(data.shape)
 
 
-@op("untouched")
+@op("untouched", selects=True)
 def Compress(input: Tensor, condition: Tensor, *, axis: int | None = None) -> Tensor:
     """The slices along an axis (or the elements) for which the condition holds."""
     input = input.reshape(-1) if axis is None else input
     return input.index_select(axis or 0, condition.to(input.device).nonzero().reshape(-1))
 
 
-NonZero = _unary("NonZero", "untouched", lambda x: x.nonzero().T)
+NonZero = _unary("NonZero", "untouched", lambda x: x.nonzero().T, selects=True)
 
 
 @op("untouched", static=(1,), squashes=True)
@@ -1069,7 +1072,7 @@ def _overlaps(low: Tensor, high: Tensor) -> Tensor:
     return shared / (areas[0] + areas - shared)
 
 
-@op("untouched", static=(2, 3, 4), squashes=True)
+@op("untouched", static=(2, 3, 4), squashes=True, selects=True)
 def NonMaxSuppression(
     boxes: Tensor,
     scores: Tensor,

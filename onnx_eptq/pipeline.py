@@ -492,7 +492,9 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
         staged.set_metadata(_properties(written))
         with phases("compare"):
             some = job.batches.subset(FIDELITY_SAMPLES, job.config.seed)
-            report.fidelity = verify.measure_fidelity(job.source, staged.path, some, threads)
+            report.fidelity = verify.measure_fidelity(
+                job.source, staged.path, some, threads, verify.selections(job.graph)
+            )
         report.warnings += low_fidelity(report.fidelity)
         report.bytes = graphs.file_bytes(staged.path)
         if output is not None:

@@ -793,8 +793,9 @@ def fuse_layernorm(graph: gs.Graph) -> int:
             continue
         source, mean, centred, epsilon = spread
         for end, gamma, beta in _ends(root, source, mean, centred):
-            size = gamma.shape[-1]
-            if size == (source.shape or [None])[-1] and gamma.ndim == 1 and (beta is None or beta.shape == gamma.shape):
+            size, last = gamma.shape[-1], (source.shape or [None])[-1]
+            fits = size == last or (size > 1 and not isinstance(last, int))  # one element alone would be nothing but 0
+            if fits and gamma.ndim == 1 and (beta is None or beta.shape == gamma.shape):
                 inputs = [
                     source,
                     *(_new_constant(graph, end.name, np.array(v)) for v in (gamma, beta) if v is not None),

@@ -172,6 +172,9 @@ class Report:
                 f"{parity.fused_max_steps} step); basic optimisations change nothing"
             )
         if fidelity:
+            for name, sources in list(fidelity.selected.items())[:4]:
+                before = ", ".join(s for s in sources if s in fidelity.sqnr_db) or "nothing that both models name"
+                yield f"fidelity   {name}: selected, so judged before it is: {before}"
             for name in list(fidelity.sqnr_db)[:6]:
                 agree = f", argmax agrees in {fidelity.agreement[name]} %" if name in fidelity.agreement else ""
                 yield f"fidelity   {name}: SQNR {fidelity.sqnr_db[name]} dB{agree} ({fidelity.samples} samples)"

@@ -1,4 +1,4 @@
-"""The written file in ONNX Runtime against the mirror, node by node. The only module that imports onnxruntime."""
+"""The written file in ONNX Runtime against the mirror, node by node."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from typing import TypeAlias
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from onnx_eptq import graph as graphs
 from onnx_eptq.calibrate import Batch, apply_linear, feed
 from onnx_eptq.errors import VerificationError
 from onnx_eptq.grid import Quantized, dequantize, quantize
 from onnx_eptq.mirror import Mirror, Probe
-from onnx_eptq.plan import Layer, Plan, role_of
+from onnx_eptq.ops import op_of
+from onnx_eptq.plan import Layer, Plan, is_float, role_of
 
 Source: TypeAlias = onnx.ModelProto | str | PathLike[str]
 RUNTIME = str(ort.__version__)
@@ -65,11 +68,16 @@ class Parity:
 
 @dataclass
 class Fidelity:
-    """Float against quantized model, both at full optimisation, per output."""
+    """Float against quantized model, both at full optimisation, per output.
+
+    Outputs in `selected` hold what a TopK, NonMaxSuppression or the like has picked, in its order: element by element they
+    cannot be compared, so the values that it picks from stand for them.
+    """
 
     samples: int
     sqnr_db: dict[str, float]
     agreement: dict[str, float]
+    selected: dict[str, list[str]] = field(default_factory=dict)
 
 
 def session(
@@ -384,26 +392,57 @@ def _check_basic(parity: Parity, off: Mapping[str, np.ndarray], basic: Mapping[s
             )
 
 
+def selections(graph: gs.Graph) -> dict[str, list[str]]:
+    """For every output whose elements an operator selects: the float values that it, and what follows it, picks from."""
+    sources: dict[str, dict[str, None]] = {}  # of each value behind a selection
+    for node in graph.nodes:
+        read = graphs.variables_read(node)
+        if op_of(node).selects or any(tensor.name in sources for tensor in read):
+            found = {tensor.name: None for tensor in read if is_float(tensor) and tensor.name not in sources}
+            for tensor in read:
+                found |= sources.get(tensor.name, {})
+            sources |= {tensor.name: found for tensor in node.outputs}
+    return {tensor.name: list(sources[tensor.name]) for tensor in graph.outputs if tensor.name in sources}
+
+
+def _watching(model: Source, wanted: Iterable[str], threads: int) -> tuple[ort.InferenceSession, list[str]]:
+    """A session at full optimisation whose outputs are the network's and those of the `wanted` values that it has."""
+    opened, folder = _opened(model)
+    names = [output.name for output in opened.graph.output]
+    computed = {name for node in opened.graph.node for name in node.output}
+    more = [name for name in dict.fromkeys(wanted) if name in computed and name not in names]
+    return session(_exposing(opened, more) if more else model, "all", threads, folder=folder), [*names, *more]
+
+
 def measure_fidelity(
     float_model: Source,
     written: Source,
     batches: Iterable[Batch],
     threads: int = 0,
+    selected: Mapping[str, Sequence[str]] | None = None,
 ) -> Fidelity:
     """Signal-to-noise ratio (dB) and argmax agreement (%) of every float output, both models at full optimisation.
 
-    Agreement is over axis 1 (or the last one of two), where that axis has at least two entries.
+    Agreement is over axis 1 (or the last one of two), where that axis has at least two entries. Instead of the outputs that
+    are keys of `selected` (as `selections` returns them) the values that they were picked from are compared.
     """
-    ours, theirs = session(float_model, "all", threads), session(written, "all", threads)
-    names = [output.name for output in ours.get_outputs()]
+    selected = selected or {}
+    inner = [name for names in selected.values() for name in names]
+    (ours, known), (theirs, found_too) = (_watching(model, inner, threads) for model in (float_model, written))
+    names = [name for name in known if name in found_too and name not in selected]
     signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     agree, total = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     samples = 0
     for batch in batches:
-        expected, found = run(ours, batch), run(theirs, batch)
+        expected, found = run(ours, batch, names), run(theirs, batch, names)
         samples += len(next(iter(batch.values())))
         for name in names:
             a, b = np.asarray(expected[name], np.float64), np.asarray(found[name], np.float64)
+            if a.shape != b.shape:
+                raise VerificationError(
+                    f"output '{name}' of the written file has the shape {b.shape} where the float model's has {a.shape}; this "
+                    "is a bug, please report it with the model"
+                )
             signal[name] += float((a**2).sum())
             noise[name] += float(((a - b) ** 2).sum())
             if a.ndim >= 2 and a.shape[1] > 1:
@@ -417,4 +456,5 @@ def measure_fidelity(
             for name in names
         },
         {name: round(100 * agree[name] / total[name], 2) for name in names if total[name]},
+        {name: list(sources) for name, sources in selected.items()},
     )

@@ -204,6 +204,9 @@ for lines in (
 ):
     example("fuse_layernorm", S + "{" + lines + "}", "LayerNormalization",
             ax=vec(-1), two=one(2), eps=one(1e-3), ga=rand(6), be=rand(6))  # fmt: skip
+example("fuse_layernorm", "(float[N,5,H] x) => (float[N,5,H] y) {" + MEANS
+        + "q = Mul(d, d)\n v = ReduceMean(q, ax)\n e = Add(v, eps)\n s = Sqrt(e)\n n = Div(d, s)\n y = Mul(n, ga) }",
+        "LayerNormalization", ax=vec(-1), eps=one(1e-3), ga=rand(64))  # fmt: skip
 
 example("merge_reshapes", "(float[N,3,4] x) => (float[N,12] y) { a = Unsqueeze(x, ax)\n b = Squeeze(a, ax)\n"
         " c = Reshape(b, s)\n y = Reshape(c, t) }", "Reshape", ax=vec(1), s=vec(-1, 6, 2), t=vec(-1, 12))  # fmt: skip

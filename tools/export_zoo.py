@@ -219,7 +219,9 @@ def fill(model: Any, seed: int) -> None:
     """Give a network random weights that keep the size of its signals, with channels of different sizes as after training.
 
     Matrices and kernels: normal, variance 1 / inputs (2 / inputs in a network of convolutions), channels scaled by a
-    log-normal factor. Scales of normalizations about 1, biases about 0, tokens and tables normal.
+    log-normal factor. Scales of normalizations about 1, biases about 0, tokens and tables normal. BatchNormalization is
+    biased to the positive side: rectifiers that cut half of everything make a deep random network chaotic, so that any noise
+    drowns its outputs, which no trained network does.
     """
     import torch
     from torch import nn
@@ -248,6 +250,8 @@ def fill(model: Any, seed: int) -> None:
                     parameter.copy_(normal(parameter, math.sqrt(gain / inputs)) * spread.reshape(shape))
                 elif norm and name == "weight":
                     parameter.copy_(uniform(parameter, 0.6, 1.4))
+                elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                    parameter.copy_(uniform(parameter, 0.3, 1.5))
                 elif name.endswith("bias") or ("bias_" in name and parameter.ndim == 1):
                     parameter.copy_(normal(parameter, 0.1))
                 elif name in ("gamma", "layer_scale"):
@@ -275,7 +279,7 @@ def settle(model: Any, data: dict[str, np.ndarray], inputs: Sequence[Input]) -> 
 
 
 def temper(model: Any, data: dict[str, np.ndarray], inputs: Sequence[Input]) -> None:
-    """Scale the layers that the model lists in `tempered` so that their outputs have the deviations it wants."""
+    """Scale the layers that the model lists in `tempered`: all but a thousandth of their outputs are as small as it wants."""
     import torch
 
     for layer, wanted in model.tempered:
@@ -283,7 +287,8 @@ def temper(model: Any, data: dict[str, np.ndarray], inputs: Sequence[Input]) -> 
         handle = layer.register_forward_hook(lambda module, given, found, seen=seen: seen.append(found.flatten()))
         with torch.no_grad():
             model(*[torch.from_numpy(data[item.name]) for item in inputs])
-            factor = wanted / torch.cat(seen).std()
+            sizes = torch.cat(seen).abs()
+            factor = wanted / sizes.kthvalue(len(sizes) * 999 // 1000).values
             for parameter in layer.parameters():
                 parameter.mul_(factor)
         handle.remove()

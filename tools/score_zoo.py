@@ -70,7 +70,8 @@ def rounded(path: Path, weight_bits: int, threads: int) -> dict[str, Any]:
         )
         ready = pipeline.calibrated(job, phases)
         pipeline.finish(job, ready.student, output, phases)
-        fidelity = verify.measure_fidelity(path, output, held_out(path), threads)
+        selected = verify.selections(job.graph)
+        fidelity = verify.measure_fidelity(path, output, held_out(path), threads, selected)
         size = output.stat().st_size
     report, parity = job.report, job.report.parity
     assert parity is not None
@@ -150,6 +151,16 @@ COUNTS = {
 }
 
 
+def prepared_graph(path: Path) -> Any:
+    """The graph that the file is planned on."""
+    from onnx_eptq import graph as graphs
+    from onnx_eptq.prepare import prepare
+
+    graph = graphs.load(path)
+    prepare(graph)
+    return graph
+
+
 def static(path: Path, threads: int) -> dict[str, Any]:
     """`quantize_static` on the same samples."""
     import logging
@@ -178,7 +189,8 @@ def static(path: Path, threads: int) -> dict[str, Any]:
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
         )
-        return {"sqnr_db": verify.measure_fidelity(path, output, held_out(path), threads).sqnr_db}
+        selected = verify.selections(prepared_graph(path))
+        return {"sqnr_db": verify.measure_fidelity(path, output, held_out(path), threads, selected).sqnr_db}
 
 
 def learned(path: Path, steps: int, batch: int, threads: int) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class RetinaHeads(nn.Module):
         net = make(weights=None, weights_backbone=None, num_classes=CLASSES)
         self.backbone, self.head, self.anchors = net.backbone, net.head, net.anchor_generator
         classes, boxes = net.head.classification_head.cls_logits, net.head.regression_head.bbox_reg
-        self.tempered = [(classes, 1.5), (boxes, 0.3)]
+        self.tempered = [(classes, 4.0), (boxes, 1.0)]
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         found = self.head(list(self.backbone(image).values()))
@@ -171,7 +171,7 @@ class Yolo(nn.Module):
         self.down4, self.down5 = down(w[2], w[2]), down(w[3], w[3])
         self.n4, self.n5 = unit(w[2] + w[3], w[3], activation=nn.SiLU), unit(w[3] + w[4], w[4], activation=nn.SiLU)
         self.heads = nn.ModuleList(nn.Conv2d(w[i], 3 * (5 + CLASSES), 1) for i in (2, 3, 4))
-        self.tempered = [(head, 1.5) for head in self.heads]
+        self.tempered = [(head, 4.0) for head in self.heads]
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         c3 = self.c3(self.stem(image))
