@@ -37,7 +37,10 @@ def can_run(node: gs.Node) -> bool:
     domain = "" if node.domain in graphs.STANDARD_DOMAINS else node.domain
     if (domain, node.op) in _kernels():
         return True
-    return domain == "" and onnx.defs.has(node.op) and bool(onnx.defs.get_schema(node.op).has_function)
+    if domain or not onnx.defs.has(node.op):
+        return False
+    schema = onnx.defs.get_schema(node.op)
+    return bool(schema.has_function or schema.has_context_dependent_function)  # the runtime takes it apart
 
 
 class Island(nn.Module):

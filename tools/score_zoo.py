@@ -2,11 +2,11 @@
 
 score_zoo.py [--zoo FOLDER] [--only NAME ...] [--small] [--exporter E] [--opset N] [--steps 100] [--out FILE.jsonl] ...
 
-Per file, each part in a process of its own: plain rounding at W4A8, written and verified (coverage: share of the bytes of
-float constants and of the multiplications whose operands are both quantized), the signal-to-noise ratio per output at W8A8
-beside that of ONNX Runtime's `quantize_static` (per channel, MinMax, after `quant_pre_process`) on the same samples. Per
-model, in the exporter's form that comes up in turn (`--learn all`: in all of them), some steps of default learning: whether
-they lower the distance on held-out samples, seconds per step, peak memory. A file that is found in `--out` is left out.
+Per file: plain rounding at W4A8, written and verified (coverage: share of the bytes of float constants and of the
+multiplications whose operands are both quantized); the signal-to-noise ratio per output at W8A8 beside that of ONNX Runtime's
+`quantize_static` (per channel, MinMax, after `quant_pre_process`) on the same samples. Per model, in the exporter's form
+that comes up in turn (`--learn all`: in all of them): some steps of default learning, whether they lower the distance on
+held-out samples, seconds per step and peak memory, in a process of its own. What is found in `--out` is not made again.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -298,37 +298,47 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--exporter", choices=sorted({form[0] for form in FORMS}))
     parser.add_argument("--opset", type=int)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--learn", choices=["turn", "all"], default="turn", help="which forms of a model learn")
+    parser.add_argument(
+        "--forms", choices=["turn", "all"], default="all", help="of each model one form in turn, or all"
+    )
+    parser.add_argument("--learn", choices=["turn", "all"], default="turn", help="which of these forms learn")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8, help="samples of a step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON lines; files found there with all their parts are left out")
-    parser.add_argument("--child", nargs=2, metavar=("FILE", "PART"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="+", metavar=("FILE", "PART"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def child(options: argparse.Namespace) -> int:
-    """Make one part, and print what it found as the last line."""
-    path, part = options.child
-    try:
-        found = PARTS[part](Path(path), options)
-    except Exception as error:
-        traceback.print_exc()
-        found = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:400]}"}
+    """Make some parts, and print what they found as the last line."""
+    path, *parts = options.child
+    found: dict[str, Any] = {}
+    for part in parts:
+        started = time.perf_counter()
+        try:
+            found[part] = PARTS[part](Path(path), options)
+        except Exception as error:
+            traceback.print_exc()
+            found[part] = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:400]}"}
+        found[part]["wall_s"] = round(time.perf_counter() - started, 1)
     print(json.dumps(found))
     return 0
 
 
-def score(path: Path, parts: Iterable[str], options: argparse.Namespace) -> dict[str, Any]:
-    """The missing parts of one file, each in a process of its own."""
+def score(path: Path, parts: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+    """The missing parts of one file; learning in a process of its own, whose memory is its."""
     found: dict[str, Any] = {}
-    for part in parts:
-        settings = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "threads")]
-        ran = run_measured([sys.executable, __file__, *settings, "--child", str(path), part], options.threads)
+    settings = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "threads")]
+    together = [part for part in parts if part != "learned"]
+    for group in (together, [part for part in parts if part == "learned"]):
+        if not group:
+            continue
+        ran = run_measured([sys.executable, __file__, *settings, "--child", str(path), *group], options.threads)
         lines = ran.stdout.strip().splitlines()
-        found[part] = json.loads(lines[-1]) if ran.code == 0 and lines else {"error": ran.complaint}
-        found[part] |= {"wall_s": round(ran.wall_s, 1), "peak_mb": round(ran.peak_mb)}
-        if "error" in found[part] and part != "static":
+        broken = {part: {"error": ran.complaint} for part in group}
+        found |= json.loads(lines[-1]) if ran.code == 0 and lines else broken
+        if any("error" in found[part] for part in group if part != "static"):
             print(ran.stderr, file=sys.stderr)
     return found
 
@@ -354,8 +364,10 @@ def main() -> int:
             path = options.zoo / file_name(name, *form)
             if not path.exists():
                 continue
-            turn = options.learn == "all" or form == FORMS[index % len(FORMS)] or len(forms(options)) == 1
-            wanted = [part for part in options.parts if part != "learned" or turn]
+            turn = form == FORMS[index % len(FORMS)] or len(forms(options)) == 1
+            wanted = [part for part in options.parts if part != "learned" or turn or options.learn == "all"]
+            if options.forms == "turn" and not turn:
+                continue
             row = rows.get(path.name, {"file": path.name, **json.loads(path.with_suffix(".json").read_text())})
             missing = [part for part in wanted if "error" in row.get(part, {"error": ""})]
             if missing:
