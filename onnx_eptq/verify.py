@@ -15,7 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from onnx_eptq import graph as graphs
 from onnx_eptq.calibrate import Batch, apply_linear, feed
@@ -35,6 +35,7 @@ LEVELS = {
 }
 MAX_SHARE = 1e-4  # of elements that may be one step off where the runtime computes in float
 FLOAT_TOLERANCE = 1e-3  # of the largest magnitude, for outputs that no quantizer follows
+TIE = 2.0**-17  # of a value in steps: 64 units in the last place of float32
 FREE = 2  # elements per value that may be: a single tie in a small tensor is no fault
 INTEGER_LINEAR = {"QLinearConv", "QGemm", "QLinearMatMul"}
 INTEGER_OTHER = {
@@ -158,11 +159,22 @@ def _codes_names(model: onnx.ModelProto) -> dict[str, str]:
     return names
 
 
-def _check_steps(value: str, producer: str, ours: Tensor, theirs: Tensor) -> int:
-    """Count the differing elements; raise when they are more, or further off, than float rounding explains."""
+def _at_ties(position: Tensor) -> Tensor:
+    """Whether a value in steps lies within float rounding of the middle between two, without being there itself."""
+    distance = (position - position.floor() - 0.5).abs()
+    return (distance > 0) & (distance <= TIE * position.abs().clamp(min=1))
+
+
+def _check_steps(value: str, producer: str, ours: Tensor, theirs: Tensor, position: Tensor) -> int:
+    """Count the differing elements; raise when they are more, or further off, than float rounding explains.
+
+    Where an operator reads quantized values, its results are few and frequent: one that falls on a tie may tip thousands of
+    elements at once, so those do not count against the share. `position` is the value in steps, before rounding.
+    """
     steps = (ours.long() - theirs.long()).abs()
     count = int((steps > 0).sum())
-    if int(steps.max() if steps.numel() else 0) > 1 or count > max(FREE, 10 * MAX_SHARE * steps.numel()):
+    unexplained = int(((steps > 0) & ~_at_ties(position)).sum())
+    if int(steps.max() if steps.numel() else 0) > 1 or unexplained > max(FREE, 10 * MAX_SHARE * steps.numel()):
         raise VerificationError(
             f"node {producer}, value '{value}': the written file and the simulation differ in {count} of {steps.numel()} "
             f"elements by up to {int(steps.max())} steps; this is a bug, please report it with the model"
@@ -191,6 +203,19 @@ def _check_complete(model: onnx.ModelProto, student: Mirror, plan: Plan, found: 
         )
 
 
+class _RawProbe(Probe):
+    """A probe that remembers what the value at hand was before its quantizer; the value itself where it has none."""
+
+    raw: Tensor
+
+    def run_node(self, n: fx.Node) -> object:
+        """Compute one node, then let the callback see the value it holds."""
+        source = n.args[0] if n.op == "call_module" and n.args else None
+        if isinstance(source, fx.Node):
+            self.raw = self.env[source]
+        return super().run_node(n)
+
+
 def _check_float(
     parity: Parity,
     student: Mirror,
@@ -213,13 +238,17 @@ def _check_float(
         point = plan[value]
         qparams = student.qparams_of(point)
         parity.float_differences += _check_steps(
-            value, producer[value], quantize(x, qparams, point.grid).cpu(), theirs[value]
+            value,
+            producer[value],
+            quantize(x, qparams, point.grid).cpu(),
+            theirs[value],
+            (x if point.moved else probe.raw).cpu() / qparams.scale.cpu(),
         )
         parity.float_values += 1
         parity.float_elements += x.numel()
         return dequantize(theirs[value].to(x.device), qparams, point.grid)
 
-    probe = Probe(student, see)
+    probe = _RawProbe(student, see)
     probe.run(*feed(student, batch))
 
 

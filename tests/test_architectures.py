@@ -250,6 +250,86 @@ def test_probabilities_lie_between_0_and_1() -> None:
     assert float(qparams.scale) <= 1 / 255 + 1e-9
 
 
+class Stateful(nn.Module):
+    """A recurrent step written out: two inputs, two outputs, the state goes in and out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.state, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.enter(x) + self.state(h))
+        return self.last(h), h
+
+
+class Volume(nn.Module):
+    """Five dimensions: convolution, pooling, transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.up, self.last = (
+            nn.Conv3d(2, 8, 3, padding=1),
+            nn.ConvTranspose3d(8, 4, 2, 2),
+            nn.Conv3d(4, 3, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.up(F.max_pool3d(F.relu(self.enter(x)), 2))))
+
+
+def export_as(
+    model: nn.Module, given: tuple[Tensor, ...], names: list[str], axes: dict[str, dict[int, str]]
+) -> onnx.ModelProto:
+    """The network with these inputs' names and free axes."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model.eval(), given, file, dynamo=False, opset_version=17, input_names=names, dynamic_axes=axes
+        )
+    return onnx.load_from_string(file.getvalue())
+
+
+def test_a_state_that_goes_in_and_out() -> None:
+    torch.manual_seed(0)
+    free = {"x": {0: "batch"}, "h": {0: "batch"}}
+    proto = export_as(Stateful(), (torch.randn(2, 6), torch.randn(2, 8)), ["x", "h"], free)
+    generator = np.random.default_rng(0)
+    data = {
+        "x": generator.normal(size=(48, 6)).astype(np.float32),
+        "h": np.tanh(generator.normal(size=(48, 8))).astype(np.float32),
+    }
+    result = pipeline.quantize(proto, data, weight_bits=8, steps=4, threads=1)
+    assert result.report.coverage.complete
+    assert result.report.fidelity is not None
+    assert len(result.report.fidelity.sqnr_db) == 2
+    assert min(result.report.fidelity.sqnr_db.values()) > 28
+    assert {"x", "h"} <= set(result.plan)
+
+
+@pytest.mark.parametrize("free", [{0: "batch", 2: "height", 3: "width"}, {}])
+def test_free_height_and_width_and_a_fixed_batch_of_one(free: dict[int, str]) -> None:
+    torch.manual_seed(0)
+    proto = export_as(MODELS["UNet"][0](), (torch.randn(1, 3, 16, 16),), ["x"], {"x": free} if free else {})
+    images = [{"x": np.random.default_rng(i).normal(size=(1, 3, 16, 16)).astype(np.float32)} for i in range(16)]
+    report = pipeline.quantize(proto, images, weight_bits=8, steps=4, threads=1).report
+    assert report.coverage.complete
+    assert report.fidelity is not None
+    assert min(report.fidelity.sqnr_db.values()) > 28
+
+
+def test_volumes() -> None:
+    torch.manual_seed(0)
+    proto = export_as(Volume(), (torch.randn(2, 2, 4, 6, 6),), ["x"], {"x": {0: "batch"}})
+    data = {"x": np.random.default_rng(0).normal(size=(32, 2, 4, 6, 6)).astype(np.float32)}
+    result = pipeline.quantize(proto, data, weight_bits=8, steps=4, threads=1)
+    assert result.report.coverage.complete
+    assert result.report.fidelity is not None
+    assert min(result.report.fidelity.sqnr_db.values()) > 28
+    axes = [point.grid.axis for point in result.plan.values() if point.role == "weight"]
+    assert axes == [0, 1, 0]
+
+
 def detector() -> onnx.ModelProto:
     """Two heads, boxes decoded by Exp, the best scores by TopK, overlapping boxes removed."""
     draw = weights(2)
