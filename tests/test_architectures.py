@@ -386,7 +386,19 @@ def test_the_small_half_of_the_zoo_reaches_its_goals(tmp_path: Path) -> None:
         folder = str(tmp_path / "zoo")
         subprocess.run([sys.executable, TOOLS / "export_zoo.py", "--small", "--out", folder], check=True)
     out = tmp_path / "zoo.jsonl"
-    command = [sys.executable, TOOLS / "score_zoo.py", "--zoo", folder, "--small", "--threads", "1", "--out", out]
+    command = [
+        sys.executable,
+        TOOLS / "score_zoo.py",
+        "--zoo",
+        folder,
+        "--small",
+        "--forms",
+        "turn",
+        "--threads",
+        "1",
+        "--out",
+        out,
+    ]
     ran = subprocess.run([*command, "--parts", "w4a8", "w8a8", "static"], capture_output=True, text=True, check=False)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len({row["model"] for row in rows}) >= 10

@@ -203,8 +203,8 @@ def learned(path: Path, steps: int, batch: int, threads: int) -> dict[str, Any]:
     job = pipeline.begin(path, calibration(path), weight_bits=4, steps=steps, threads=threads)
     ready = pipeline.calibrated(job, Phases())
     problem = pipeline.learning_problem(job, ready)
-    fixed = job.batches.batch_size if pipeline.has_fixed_batch(job) else 1
-    problem.effort = replace(problem.effort, batch=problem.effort.batch if fixed > 1 else batch)
+    if not pipeline.has_fixed_batch(job):
+        problem.effort = replace(problem.effort, batch=batch)
     learner = eptq.Learner(problem, ready.student)
     marks = [time.perf_counter()]
     for _ in learner:
