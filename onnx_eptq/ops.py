@@ -57,6 +57,8 @@ class Op:
             the linear operator's own output exists nowhere.
         windows: Whether each output position reads one window of the input, `strides` apart, with `pads` around it (Conv), so
             that some positions can be computed without the others.
+        normalizes: Whether the output has a mean and a size of its own, whatever the input's (LayerNormalization); the scale
+            and shift that follow belong to it.
         joins: Whether the output is made of the inputs' elements, so that they can share one grid (Concat).
         unary: Whether each output element depends on one element of input 0 alone (LeakyRelu): ranges are then chosen by
             the error behind it.
@@ -79,6 +81,7 @@ class Op:
     selects: bool = False
     accumulates: bool = False
     windows: bool = False
+    normalizes: bool = False
     joins: bool = False
     unary: bool = False
     static: tuple[int, ...] = ()
@@ -680,7 +683,7 @@ def BatchNormalization(
     return F.batch_norm(x, input_mean, input_var, scale, b, False, 0.0, epsilon)
 
 
-@op("arithmetic")
+@op("arithmetic", normalizes=True)
 def LayerNormalization(
     x: Tensor,
     scale: Tensor,
@@ -707,13 +710,13 @@ def _group_norm(x: Tensor, groups: int, scale: Tensor, bias: Tensor, epsilon: fl
     return torch.group_norm(x, groups, scale, bias, epsilon, torch.backends.cudnn.enabled)
 
 
-@op("arithmetic")
+@op("arithmetic", normalizes=True)
 def InstanceNormalization(input: Tensor, scale: Tensor, b: Tensor, *, epsilon: float = 1e-5) -> Tensor:
     """Normalization of each channel of each sample."""
     return _group_norm(input, input.shape[1], scale, b, epsilon)
 
 
-@op("arithmetic")
+@op("arithmetic", normalizes=True)
 def GroupNormalization(
     x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5, num_groups: int, stash_type: int = 1
 ) -> Tensor:
@@ -721,7 +724,7 @@ def GroupNormalization(
     return _group_norm(x, num_groups, scale, bias, epsilon)
 
 
-@op("arithmetic")
+@op("arithmetic", normalizes=True)
 def MeanVarianceNormalization(x: Tensor, *, axes: Sequence[int] = (0, 2, 3)) -> Tensor:
     """Mean 0 and variance 1 over some axes."""
     variance, mean = torch.var_mean(x, tuple(axes), correction=0, keepdim=True)

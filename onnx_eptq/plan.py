@@ -260,6 +260,27 @@ def _masks(node: gs.Node) -> bool:
     return op_of(node).operands and any(is_mask(np.asarray(tensor.values)) for tensor in constants)
 
 
+def _affine_ends(graph: gs.Graph) -> Iterator[gs.Node]:
+    """Normalizations and what leads from them to the constant scale and shift behind them, as in an exported GroupNorm.
+
+    No kernel runs a part of it on integers, and each quantizer inside would round anew what is rounded at its end.
+    """
+    outputs = {id(tensor) for tensor in graph.outputs}
+    for node in graph.nodes:
+        if not op_of(node).normalizes:
+            continue
+        chain, affine, tensor = [node], 0, node.outputs[0]
+        while len(tensor.outputs) == 1 and id(tensor) not in outputs:
+            (reader,) = tensor.outputs
+            if is_op(reader, "Mul", "Add") and any(is_constant(other) for other in reader.inputs):
+                affine = len(chain) + 1
+            elif role_of(reader) != "same_grid":
+                break
+            chain.append(reader)
+            tensor = reader.outputs[0]
+        yield from chain[:affine]
+
+
 def _float_region(graph: gs.Graph, kept: set[int]) -> dict[int, str]:
     """Nodes that run in float, by id, with the reason.
 
@@ -275,6 +296,9 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> dict[int, str]:
     region |= {id(n): "applies a mask of huge numbers" for n in graph.nodes if _masks(n) and id(n) not in region}
     islands = {id(node) for node in graph.nodes if op_of(node).island}  # what reads or feeds them can be quantized
     growing = {key for key, reason in region.items() if reason != "kept float as asked" and key not in islands}
+    region |= {
+        id(n): "between a normalization and its scale and shift" for n in _affine_ends(graph) if id(n) not in region
+    }
     outputs = {id(tensor) for tensor in graph.outputs}
     depth: dict[int, int] = {}  # linear operators on the longest way from an input to a node, itself included
     for node in graph.nodes:
