@@ -1,16 +1,10 @@
 """Small forms of the architectures that people deploy, exported by PyTorch, through the whole of it."""
 
-import importlib.util
 import io
-import json
 import math
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -24,7 +18,6 @@ from onnx_eptq import pipeline
 from onnx_eptq.plan import is_constant
 from onnx_eptq.report import Phases
 
-TOOLS = Path(__file__).parents[1] / "tools"
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {}
 
 
@@ -370,36 +363,3 @@ def test_a_detector_keeps_its_decoding_in_float_and_is_judged_before_it() -> Non
     assert "boxes: selected, so judged before it is" in str(report)
     assert report.learning is not None
     assert set(report.learning.targets) <= {"cs", "sizes", "near"}
-
-
-# ---- the zoo of whole architectures, where it has been exported (see tools/export_zoo.py)
-
-
-@pytest.mark.slow
-def test_the_small_half_of_the_zoo_reaches_its_goals(tmp_path: Path) -> None:
-    folder = os.environ.get("ONNX_EPTQ_ZOO")
-    packages = ("torchvision", "timm", "onnxscript")
-    if not folder:
-        missing = [name for name in packages if importlib.util.find_spec(name) is None]
-        if missing:
-            pytest.skip(f"no zoo in ONNX_EPTQ_ZOO, and {', '.join(missing)} missing to export one")
-        folder = str(tmp_path / "zoo")
-        subprocess.run([sys.executable, TOOLS / "export_zoo.py", "--small", "--out", folder], check=True)
-    out = tmp_path / "zoo.jsonl"
-    command = [
-        sys.executable,
-        TOOLS / "score_zoo.py",
-        "--zoo",
-        folder,
-        "--small",
-        "--forms",
-        "turn",
-        "--threads",
-        "1",
-        "--out",
-        out,
-    ]
-    ran = subprocess.run([*command, "--parts", "w4a8", "w8a8", "static"], capture_output=True, text=True, check=False)
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len({row["model"] for row in rows}) >= 10
-    assert ran.returncode == 0, ran.stdout
