@@ -115,6 +115,8 @@ def session(
 def run(of: ort.InferenceSession, batch: Batch, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """Outputs by name."""
     names = list(names) if names is not None else [output.name for output in of.get_outputs()]
+    if not names:  # for which the runtime would return all of them
+        return {}
     inputs = {item.name: np.asarray(batch[item.name]) for item in of.get_inputs()}
     try:
         return dict(zip(names, of.run(names, inputs), strict=True))
