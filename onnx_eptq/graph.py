@@ -467,12 +467,48 @@ def toposort(graph: gs.Graph) -> None:
         toposort(subgraph)
 
 
-def _producers(node: gs.Node) -> list[gs.Node]:
-    """Return the nodes that make what the node, or a subgraph inside it, reads."""
+def _reads(node: gs.Node) -> list[gs.Tensor]:
+    """Return what the node, or a subgraph inside it, reads; what is made inside too."""
     read = list(node.inputs)
     for subgraph in node.subgraphs(recursive=True):
         read += [t for inner in subgraph.nodes for t in inner.inputs] + subgraph.outputs
-    return [producer for tensor in read for producer in tensor.inputs]
+    return read
+
+
+def _producers(node: gs.Node) -> list[gs.Node]:
+    """Return the nodes that make what the node, or a subgraph inside it, reads."""
+    return [producer for tensor in _reads(node) for producer in tensor.inputs]
+
+
+def tensors_read(node: gs.Node) -> list[gs.Tensor]:
+    """Return what the node reads from its own scope, each once: its inputs, and what its subgraphs capture."""
+    inner = list(node.subgraphs(recursive=True))
+    made = {id(t) for s in inner for t in (*s.inputs, *(t for n in s.nodes for t in n.outputs))}
+    found = {t.name: t for t in _reads(node) if id(t) not in made and not t.is_empty()}
+    return list(found.values())
+
+
+def variables_read(node: gs.Node) -> list[gs.Variable]:
+    """Return what the node reads from its own scope and is no constant."""
+    return [t for t in tensors_read(node) if isinstance(t, gs.Variable)]
+
+
+def node_model(node: gs.Node, graph: gs.Graph) -> onnx.ModelProto:
+    """Return a model that computes one node: constants inside, inputs not declared yet, every output but empty ones."""
+    constants = [_sealed(t) for t in tensors_read(node) if isinstance(t, gs.Constant)]
+    for scope in node.subgraphs(recursive=True):
+        for tensor in _tensors(scope):
+            if isinstance(tensor, gs.Constant):
+                _seal(tensor)
+    with G_LOGGER.suppress(G_LOGGER.CRITICAL):
+        proto = OnnxExporter.export_node(node)
+        initializers = [OnnxExporter.export_tensor_proto(t) for t in constants]
+    _restore_node(proto, extras(graph))
+    for subgraph in _subgraph_protos(proto):
+        _drop_shadowing(subgraph, {t.name for t in constants})
+    outputs = [ValueInfoProto(name=t.name) for t in node.outputs if not t.is_empty()]
+    body = onnx.helper.make_graph([proto], "island", [], outputs, initializers)
+    return onnx.helper.make_model(body, opset_imports=_opset_imports(graph, graph.opset), ir_version=10)
 
 
 def remove_dead(graph: gs.Graph) -> int:

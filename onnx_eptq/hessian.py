@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
+from onnx_eptq import graph as graphs
 from onnx_eptq import pieces
 from onnx_eptq.calibrate import weight_mse
 from onnx_eptq.grid import QParams
@@ -40,7 +41,7 @@ def learning_targets(graph: gs.Graph) -> list[str]:
 
 
 def _activations(node: gs.Node) -> list[gs.Tensor]:
-    return [tensor for tensor in node.inputs if not is_constant(tensor) and not tensor.is_empty()]
+    return [tensor for tensor in graphs.variables_read(node) if not is_constant(tensor)]
 
 
 def _squashed(tensor: gs.Tensor, known: dict[str, bool]) -> bool:

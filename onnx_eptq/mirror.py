@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from onnx_eptq import graph as graphs
 from onnx_eptq import grid as grids
 from onnx_eptq.grid import QParams, Quantized
+from onnx_eptq.islands import Island
 from onnx_eptq.ops import op_of
 from onnx_eptq.plan import QuantPoint, walk
 
@@ -175,8 +176,17 @@ class _Builder:
             return self.graph.get_attr(unique)
         return tuple(value) if isinstance(value, list) else value
 
+    def island(self, node: gs.Node) -> fx.Node:
+        """A node that ONNX Runtime computes, with what its subgraphs capture; its outputs come as a tuple."""
+        name = _identifier(node.name or node.op, self.taken)
+        self.root.add_module(name, Island(node, self.source))
+        return self.graph.call_module(name, tuple(self.env[tensor.name] for tensor in graphs.variables_read(node)))
+
     def node(self, node: gs.Node) -> None:
         op = op_of(node)
+        if op.island:
+            self.outputs(node, self.island(node), [t for t in node.outputs if not t.is_empty()])
+            return
         args = [self.argument(tensor, index in op.static) for index, tensor in enumerate(node.inputs)]
         while args and args[-1] is None:
             args.pop()
@@ -184,11 +194,16 @@ class _Builder:
         if op.n_outputs:
             kwargs["n_outputs"] = len(node.outputs)
         result = self.graph.call_function(op.function, tuple(args), kwargs)
-        result.meta["onnx"] = node.name
         if len(node.outputs) == 1:
+            result.meta["onnx"] = node.name
             self.put(node.outputs[0].name, result)
-            return
-        for index, tensor in enumerate(node.outputs):
+        else:
+            self.outputs(node, result, node.outputs)
+
+    def outputs(self, node: gs.Node, result: fx.Node, tensors: Sequence[gs.Tensor]) -> None:
+        """Take the outputs out of the tuple that holds them."""
+        result.meta["onnx"] = node.name
+        for index, tensor in enumerate(tensors):
             if not tensor.is_empty():
                 item = self.graph.call_function(_item, (result, index))
                 item.meta["onnx"] = node.name

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onnx_eptq import islands
 from onnx_eptq.errors import UnsupportedOp
 from onnx_eptq.graph import STANDARD_DOMAINS
 
@@ -51,10 +52,14 @@ class Op:
         decides: Whether the largest inputs decide the result, so that they must not saturate (Softmax, ArgMax, TopK).
         squashes: Whether gradients vanish or end in it (Softmax, Sigmoid, ArgMax): as the end of a network, it is cut off
             before sensitivities and learning targets are taken.
+        selects: Whether values decide which elements come out, in which order or how many (TopK, NonMaxSuppression): element
+            by element, such outputs of two networks cannot be compared.
         accumulates: Whether a kernel that computes a linear operator can add the other input in its accumulator (Add), so that
             the linear operator's own output exists nowhere.
         windows: Whether each output position reads one window of the input, `strides` apart, with `pads` around it (Conv), so
             that some positions can be computed without the others.
+        normalizes: Whether the output has a mean and a size of its own, whatever the input's (LayerNormalization); the scale
+            and shift that follow belong to it.
         joins: Whether the output is made of the inputs' elements, so that they can share one grid (Concat).
         unary: Whether each output element depends on one element of input 0 alone (LeakyRelu): ranges are then chosen by
             the error behind it.
@@ -66,6 +71,7 @@ class Op:
         affine: Indices of the inputs that scale and shift the output's channels, one number each (LayerNormalization).
         bounds: The range that outputs cannot leave, when it is finite.
         n_outputs: Whether `function` takes `n_outputs`, the number of outputs the node really has.
+        island: Whether no function stands for the operator: ONNX Runtime computes it (`islands`).
     """
 
     function: Callable[..., Any]
@@ -77,8 +83,10 @@ class Op:
     operands: bool = False
     decides: bool = False
     squashes: bool = False
+    selects: bool = False
     accumulates: bool = False
     windows: bool = False
+    normalizes: bool = False
     joins: bool = False
     unary: bool = False
     carries: Carries | None = None
@@ -86,6 +94,7 @@ class Op:
     static: tuple[int, ...] = ()
     bounds: tuple[float, float] | None = None
     n_outputs: bool = False
+    island: bool = False
 
     def role_of(self, attributes: Attributes) -> Role:
         """Return the role of a node that has these attributes."""
@@ -100,13 +109,25 @@ def op_name(node: gs.Node) -> str:
     return str(node.op) if node.domain in STANDARD_DOMAINS else f"{node.domain}.{node.op}"
 
 
+def _no_function(*inputs: Tensor) -> Tensor:
+    raise NotImplementedError("an island is computed by ONNX Runtime")
+
+
+ISLAND = Op(_no_function, "sensitive", squashes=True, island=True)
+_QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear")
+
+
 def op_of(node: gs.Node) -> Op:
     """Return what is known about a node's operator: the one place where every stage looks it up.
+
+    What the table lacks and ONNX Runtime has is an island: it stays float, and gradients end in it.
 
     Raises:
         UnsupportedOp: nothing is known.
     """
     found = OPS.get(op_name(node))
+    if found is None and node.op not in _QUANTIZED and islands.can_run(node):
+        return ISLAND
     if found is None:
         raise UnsupportedOp(f"'{node.name}' {op_name(node)} cannot be simulated; replace it by standard operators")
     return found
@@ -694,7 +715,7 @@ def BatchNormalization(
     return F.batch_norm(x, input_mean, input_var, scale, b, False, 0.0, epsilon)
 
 
-@op("arithmetic", affine=(1, 2))
+@op("arithmetic", affine=(1, 2), normalizes=True)
 def LayerNormalization(
     x: Tensor,
     scale: Tensor,
@@ -721,13 +742,13 @@ def _group_norm(x: Tensor, groups: int, scale: Tensor, bias: Tensor, epsilon: fl
     return torch.group_norm(x, groups, scale, bias, epsilon, torch.backends.cudnn.enabled)
 
 
-@op("arithmetic", affine=(1, 2), output_axis=1)
+@op("arithmetic", affine=(1, 2), output_axis=1, normalizes=True)
 def InstanceNormalization(input: Tensor, scale: Tensor, b: Tensor, *, epsilon: float = 1e-5) -> Tensor:
     """Normalization of each channel of each sample."""
     return _group_norm(input, input.shape[1], scale, b, epsilon)
 
 
-@op("arithmetic", affine=(1, 2), output_axis=1)
+@op("arithmetic", affine=(1, 2), output_axis=1, normalizes=True)
 def GroupNormalization(
     x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5, num_groups: int, stash_type: int = 1
 ) -> Tensor:
@@ -735,7 +756,7 @@ def GroupNormalization(
     return _group_norm(x, num_groups, scale, bias, epsilon)
 
 
-@op("arithmetic")
+@op("arithmetic", normalizes=True)
 def MeanVarianceNormalization(x: Tensor, *, axes: Sequence[int] = (0, 2, 3)) -> Tensor:
     """Mean 0 and variance 1 over some axes."""
     variance, mean = torch.var_mean(x, tuple(axes), correction=0, keepdim=True)
@@ -826,7 +847,7 @@ ArgMax = _place("ArgMax", torch.argmax)
 ArgMin = _place("ArgMin", torch.argmin)
 
 
-@op("untouched", static=(1,), decides=True, squashes=True)
+@op("untouched", static=(1,), decides=True, squashes=True, selects=True)
 def TopK(x: Tensor, k: Static, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> tuple[Tensor, Tensor]:
     """The k largest or smallest along an axis and their indices; among equals the first."""
     values, indices = torch.sort(x, dim=axis, descending=bool(largest), stable=True)
@@ -998,14 +1019,13 @@ def Trilu(input: Tensor, k: Static = None, *, upper: int = 1) -> Tensor:
 # Gather and scatter
 
 
-@op("same_grid")
+@op("same_grid", operands=True)
 def Gather(data: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
     """Elements along an axis, in an order and shape that the indices give."""
     axis %= data.ndim
     index = _wrapped(indices, data.shape[axis], data.device)
-    return data.index_select(axis, index.reshape(-1)).reshape(
-        *data.shape[:axis], *indices.shape, *data.shape[axis + 1 :]
-    )
+    wanted = [*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :]]  # empty for one element of a vector
+    return data.index_select(axis, index.reshape(-1)).reshape(wanted)
 
 
 @op("untouched")
@@ -1054,14 +1074,14 @@ def ScatterND(data: Tensor, indices: Tensor, updates: Tensor, *, reduction: str 
     return _scatter(rows, 0, row.reshape(-1, 1).expand_as(new), new, reduction).reshape(data.shape)
 
 
-@op("untouched")
+@op("untouched", selects=True)
 def Compress(input: Tensor, condition: Tensor, *, axis: int | None = None) -> Tensor:
     """The slices along an axis (or the elements) for which the condition holds."""
     input = input.reshape(-1) if axis is None else input
     return input.index_select(axis or 0, condition.to(input.device).nonzero().reshape(-1))
 
 
-NonZero = _unary("NonZero", "untouched", lambda x: x.nonzero().T)
+NonZero = _unary("NonZero", "untouched", lambda x: x.nonzero().T, selects=True)
 
 
 @op("untouched", static=(1,), squashes=True)
@@ -1087,7 +1107,7 @@ def _overlaps(low: Tensor, high: Tensor) -> Tensor:
     return shared / (areas[0] + areas - shared)
 
 
-@op("untouched", static=(2, 3, 4), squashes=True)
+@op("untouched", static=(2, 3, 4), squashes=True, selects=True)
 def NonMaxSuppression(
     boxes: Tensor,
     scores: Tensor,
@@ -1109,7 +1129,10 @@ def NonMaxSuppression(
             if not left.numel():
                 break
             kept.append(torch.stack([left.new_tensor(batch), left.new_tensor(label), left[0]]))
-            left = left[1:][_overlaps(low[batch, left], high[batch, left])[1:] <= most]
+            overlapping = (
+                _overlaps(low[batch, left], high[batch, left])[1:] > most
+            )  # never where both are empty (0 / 0)
+            left = left[1:][~overlapping]
     return torch.stack(kept) if kept else torch.zeros((0, 3), dtype=torch.int64, device=scores.device)
 
 

@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor, fx
 
+from onnx_eptq import graph as graphs
 from onnx_eptq.mirror import Mirror
 from onnx_eptq.plan import Layer, role_of
 
@@ -113,9 +114,7 @@ def _variables(graph: gs.Graph) -> tuple[dict[str, int], dict[str, int]]:
     read: dict[str, int] = {}
     for index, node in enumerate(graph.nodes):
         made |= {tensor.name: index for tensor in node.outputs if not tensor.is_empty()}
-        read |= {
-            tensor.name: index for tensor in node.inputs if isinstance(tensor, gs.Variable) and tensor.name in made
-        }
+        read |= {tensor.name: index for tensor in graphs.variables_read(node) if tensor.name in made}
     return made, read
 
 

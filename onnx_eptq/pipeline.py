@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import resource
 import sys
@@ -30,7 +31,7 @@ from onnx_eptq.errors import CoverageError, DataError, ModelError, OutputError, 
 from onnx_eptq.methods import EFFORTS, METHODS, Effort, Method
 from onnx_eptq.plan import Layer, Plan, Rules, check_ops, check_plan, linear_layers, make_plan
 from onnx_eptq.prepare import add_biases, free_batch, prepare
-from onnx_eptq.report import Phases, Report, measure_coverage
+from onnx_eptq.report import Phases, Report, find_islands, measure_coverage
 from onnx_eptq.targets import TARGETS, Target
 from onnx_eptq.write import write
 
@@ -154,6 +155,7 @@ def begin(
     batches = open_batches(graph, data, config)
     label = str(model) if isinstance(model, str | os.PathLike) else graph.name or "model"
     report = Report(onnx_eptq.__version__, label, config.model_dump(mode="json", exclude_defaults=True), coverage)
+    report.islands = find_islands(graph)
     report.storage = {bits: target.storage[bits] for bits in coverage.layers_by_bits}
     report.output = None if output is None else str(output)
     report.preparation = {name: count for name, count in changes.items() if count}
@@ -504,7 +506,9 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
         staged.set_metadata(_properties(written))
         with phases("compare"):
             some = job.batches.subset(FIDELITY_SAMPLES, job.config.seed)
-            report.fidelity = verify.measure_fidelity(job.source, staged.path, some, threads)
+            report.fidelity = verify.measure_fidelity(
+                job.source, staged.path, some, threads, verify.selections(job.graph)
+            )
         report.warnings += low_fidelity(report.fidelity) + other_numbers(report.parity, report.fidelity)
         report.bytes = graphs.file_bytes(staged.path)
         if output is not None:
@@ -527,7 +531,7 @@ def other_numbers(parity: verify.Parity, fidelity: verify.Fidelity) -> list[str]
         f"output '{name}': ONNX Runtime's full optimisation computes other numbers ({decibel} dB from the simulation); "
         "run the file at basic optimisation, and please report it with the model"
         for name, decibel in parity.optimized_db.items()
-        if decibel < fidelity.sqnr_db.get(name, 0.0) + OTHER_NUMBERS
+        if decibel < fidelity.sqnr_db.get(name, -math.inf) + OTHER_NUMBERS
     ]
 
 

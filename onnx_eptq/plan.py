@@ -26,6 +26,7 @@ Limits = tuple[float | None, float | None]
 CONSTANT_BITS = 8  # operands such as positional embeddings; narrower ones cost accuracy and save nothing
 EDGE_BITS = 8  # the network's inputs and outputs: sensors and readers speak 8 bits; and what `wide` names
 BIAS_BITS = 32
+ISLAND_REASON = "{} is left to ONNX Runtime, in float"
 
 
 @dataclass(frozen=True)
@@ -259,19 +260,86 @@ def _masks(node: gs.Node) -> bool:
     return op_of(node).operands and any(is_mask(np.asarray(tensor.values)) for tensor in constants)
 
 
+def _affine_ends(graph: gs.Graph) -> Iterator[gs.Node]:
+    """Normalizations and what leads from them to the constant scale and shift behind them, as in an exported GroupNorm.
+
+    No kernel runs a part of it on integers, and each quantizer inside would round anew what is rounded at its end.
+    """
+    outputs = {id(tensor) for tensor in graph.outputs}
+    for node in graph.nodes:
+        if not op_of(node).normalizes:
+            continue
+        chain, affine, tensor = [node], 0, node.outputs[0]
+        while len(tensor.outputs) == 1 and id(tensor) not in outputs:
+            (reader,) = tensor.outputs
+            if is_op(reader, "Mul", "Add") and any(is_constant(other) for other in reader.inputs):
+                affine = len(chain) + 1
+            elif role_of(reader) != "same_grid":
+                break
+            chain.append(reader)
+            tensor = reader.outputs[0]
+        yield from chain[:affine]
+
+
+def _decoding(graph: gs.Graph) -> dict[int, str]:
+    """Nodes behind the last linear operators that select elements or join scores with coordinates, and what follows them.
+
+    8 bits make scores equal that TopK has to order, and on one grid with coordinates all scores would be 0.
+    """
+    feeding: set[int] = set()  # linear operators, and what they depend on
+    for node in reversed(graph.nodes):
+        readers = (id(reader) for tensor in node.outputs for reader in tensor.outputs)
+        if role_of(node) == "linear" or any(reader in feeding for reader in readers):
+            feeding.add(id(node))
+    found: dict[int, str] = {}
+    for node in graph.nodes:
+        if id(node) in feeding:
+            continue
+        before = [found[id(p)] for tensor in node.inputs for p in tensor.inputs if id(p) in found]
+        if before:
+            found[id(node)] = before[0]
+        elif op_of(node).selects:
+            found[id(node)] = f"decoding, from {node.op} on"
+        elif op_of(node).joins and {_is_score(tensor) for tensor in node.inputs if not is_constant(tensor)} == {
+            True,
+            False,
+        }:
+            found[id(node)] = "decoding: scores and coordinates join"
+    return found
+
+
+def _is_score(tensor: gs.Tensor) -> bool:
+    """Whether the values are Sigmoids, Softmaxes or the like, their products, or moved from them."""
+    (producer,) = tensor.inputs or (None,)
+    if producer is None:
+        return False
+    if is_op(producer, "Mul"):
+        return all(_is_score(source) for source in producer.inputs)
+    if role_of(producer) == "same_grid":
+        return _is_score(producer.inputs[0])
+    return op_of(producer).squashes and op_of(producer).bounds == (0.0, 1.0)
+
+
 def _float_region(graph: gs.Graph, kept: set[int]) -> dict[int, str]:
     """Nodes that run in float, by id, with the reason.
 
-    Seeds are the nodes the user keeps and operators whose result 8 bits cannot hold (Log, Reciprocal, ...). Operators between
-    seeds join: those whose every consumer is inside, and those that read an inside value which nothing outside needs.
-    A linear operator joins when all that reads it is inside (the matrices of a spectrogram before its Log): its weights are
-    quantized all the same. What such an operator reads joins only near the inputs: a classifier that ends in a Log is no
-    spectrogram.
+    Seeds are the nodes the user keeps, operators whose result 8 bits cannot hold (Log, Reciprocal, ...), and what decodes
+    detections. Operators between seeds join: those whose every consumer is inside, and those that read an inside value which
+    nothing outside needs. A linear operator joins when all that reads it is inside (the matrices of a spectrogram before its
+    Log), but for a decoding: its weights are quantized all the same. What such an operator reads joins only near the inputs:
+    a classifier that ends in a Log is no spectrogram.
     """
     region = {id(node): "kept float as asked" for node in graph.nodes if id(node) in kept}
-    region |= {id(n): f"{n.op} needs float" for n in graph.nodes if role_of(n) == "sensitive" and id(n) not in region}
+    seeds = (n for n in graph.nodes if role_of(n) == "sensitive" and id(n) not in region)
+    region |= {id(n): ISLAND_REASON.format(n.op) if op_of(n).island else f"{n.op} needs float" for n in seeds}
     region |= {id(n): "applies a mask of huge numbers" for n in graph.nodes if _masks(n) and id(n) not in region}
-    growing = {key for key, reason in region.items() if reason != "kept float as asked"}
+    decoding = {key: reason for key, reason in _decoding(graph).items() if key not in region}
+    region |= decoding
+    islands = {id(node) for node in graph.nodes if op_of(node).island}  # what reads or feeds them can be quantized
+    growing = {key for key, reason in region.items() if reason != "kept float as asked" and key not in islands}
+    region |= {
+        id(n): "between a normalization and its scale and shift" for n in _affine_ends(graph) if id(n) not in region
+    }
     outputs = {id(tensor) for tensor in graph.outputs}
     depth: dict[int, int] = {}  # linear operators on the longest way from an input to a node, itself included
     for node in graph.nodes:
@@ -284,7 +352,11 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> dict[int, str]:
     def joins(node: gs.Node) -> bool:
         if role_of(node) not in ("linear", "arithmetic", "same_grid", "clamp") or not is_float(node.outputs[0]):
             return False
+        if role_of(node) == "linear" and not any(is_constant(tensor) for tensor in node.inputs[:2]):
+            return False  # a product of two activations, before the mask of an attention: worth its 8 bits
         consumers = [consumer for tensor in node.outputs for consumer in tensor.outputs]
+        if role_of(node) == "linear" and any(id(c) in decoding for c in consumers):
+            return False
         if consumers and all(inside(c, node) for c in consumers) and not any(id(t) in outputs for t in node.outputs):
             return True
         for tensor in () if role_of(node) == "linear" else node.inputs:
@@ -298,7 +370,11 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> dict[int, str]:
         changed = False
         for node in graph.nodes:
             if id(node) not in region and joins(node):
-                region[id(node)] = "between operators that need float"
+                readers = (id(c) for tensor in node.outputs for c in tensor.outputs)
+                reason = next((decoding[reader] for reader in readers if reader in decoding), None)
+                if reason:
+                    decoding[id(node)] = reason
+                region[id(node)] = reason or "between operators that need float"
                 growing.add(id(node))
                 changed = True
     return region
@@ -312,6 +388,7 @@ class _Planner:
         self.plan = Plan()
         self.layers = linear_layers(graph)
         self.outputs = {id(tensor) for tensor in graph.outputs}
+        self.nodes = {id(node) for node in graph.nodes}
         kept = {id(n) for n in graph.nodes if _matches(rules.keep_float, n.name, n.op)}
         kept |= {id(layer.node) for layer in self.layers if _matches(rules.keep_float, layer.weight.name)}
         self.kept, self.region = kept, _float_region(graph, kept)
@@ -330,6 +407,8 @@ class _Planner:
         if id(tensor) in self.bias_sums:
             return True
         (consumer,) = tensor.outputs
+        if id(consumer) not in self.nodes:  # inside a subgraph, where nothing is quantized
+            return False
         clamps = role_of(consumer) == "clamp" and id(consumer) not in self.region
         return clamps and bool(tensor.inputs) and role_of(tensor.inputs[0]) in ("linear", "arithmetic")
 
@@ -371,7 +450,7 @@ class _Planner:
         whole = id(tensor) in self.outputs or any(op_of(reader).decides for reader in tensor.outputs)
         if tied:
             self.plan[tied] = replace(self.plan[tied], whole_range=whole or self.plan[tied].whole_range)
-            point = replace(self.plan[tied], value=tensor.name, tied_to=tied, moved=True)
+            point = replace(self.plan[tied], value=tensor.name, role="activation", tied_to=tied, moved=True)
         else:
             bits = self.rules.act_bits
             bits = self.bits(max(EDGE_BITS, bits) if self.wide(tensor) else bits, tensor.name)

@@ -793,8 +793,9 @@ def fuse_layernorm(graph: gs.Graph) -> int:
             continue
         source, mean, centred, epsilon = spread
         for end, gamma, beta in _ends(root, source, mean, centred):
-            size = gamma.shape[-1]
-            if size == (source.shape or [None])[-1] and gamma.ndim == 1 and (beta is None or beta.shape == gamma.shape):
+            size, last = gamma.shape[-1], (source.shape or [None])[-1]
+            fits = size == last or (size > 1 and not isinstance(last, int))  # one element alone would be nothing but 0
+            if fits and gamma.ndim == 1 and (beta is None or beta.shape == gamma.shape):
                 inputs = [
                     source,
                     *(_new_constant(graph, end.name, np.array(v)) for v in (gamma, beta) if v is not None),
@@ -1422,6 +1423,71 @@ def _pools_map(node: gs.Node) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------- Gemm
+
+
+@rewrite
+def unfold_einsum(graph: gs.Graph) -> int:
+    """Turn an Einsum of two operands into MatMul, with what moves the axes, where that needs no sizes but a constant's."""
+    return sum(_unfold(graph, node) for node in list(graph.nodes) if is_op(node, "Einsum") and _is_float(node))
+
+
+def _unfold(graph: gs.Graph, node: gs.Node) -> bool:
+    terms, found = _terms(node.attrs["equation"]), list(node.inputs)
+    if terms is None or len(found) != 2:
+        return False
+    if isinstance(found[0], gs.Constant):
+        terms, found = (terms[1], terms[0], terms[2]), found[::-1]
+    a, b, out = terms
+    batch = [i for i in a if i in b and i in out]
+    summed = [i for i in a if i in b and i not in out]
+    left, right = [i for i in a if i not in b], [i for i in b if i not in a]
+    if not summed or not left or any(i not in out for i in (*left, *right)):
+        return False
+    weight = _const(node, list(node.inputs).index(found[1]))
+    source = _ordered(graph, node, found[0], a, [*batch, *left, *summed])
+    shape = None
+    if weight is not None and not batch:
+        weight = weight.transpose([b.index(i) for i in (*summed, *right)])
+        sizes = weight.shape[len(summed) :]
+        if len(summed) > 1:
+            source = _new_node(graph, "Reshape", [source, _axes_kept(graph, node, left, (-1,))], node)
+        other: gs.Tensor = _new_constant(
+            graph, found[1].name, weight.reshape(math.prod(weight.shape[: len(summed)]), -1)
+        )
+        shape = None if len(right) == 1 else _axes_kept(graph, node, left, sizes)
+    elif len(summed) == len(left) == len(right) == 1:
+        other = _ordered(graph, node, found[1], b, [*batch, *summed, *right])
+    else:
+        return False
+    perm = [[*batch, *left, *right].index(i) for i in out]
+    steps: list[tuple[str, list[gs.Tensor], dict[str, Any]]] = [("MatMul", [other], {})]
+    steps += [("Reshape", [shape], {})] if shape is not None else []
+    steps += [("Transpose", [], {"perm": perm})] if perm != sorted(perm) else []
+    for op, inputs, attrs in steps[:-1]:
+        source = _new_node(graph, op, [source, *inputs], node, attrs)
+    op, inputs, attrs = steps[-1]
+    _mutate(node, op, [source, *inputs], attrs)
+    return True
+
+
+def _terms(equation: str) -> tuple[str, str, str] | None:
+    """Return the axes of both operands and of the result, None where some repeat, are summed alone, or are not spelled."""
+    given, _, out = equation.replace(" ", "").partition("->")
+    terms = given.split(",")
+    if len(terms) != 2 or "." in equation or any(len(set(term)) < len(term) for term in terms):
+        return None
+    return terms[0], terms[1], out if "->" in equation else "".join(sorted(set(terms[0]) ^ set(terms[1])))
+
+
+def _ordered(graph: gs.Graph, node: gs.Node, tensor: gs.Tensor, axes: str, wanted: list[str]) -> gs.Tensor:
+    if list(axes) == wanted:
+        return tensor
+    return _new_node(graph, "Transpose", [tensor], node, {"perm": [axes.index(i) for i in wanted]})
+
+
+def _axes_kept(graph: gs.Graph, node: gs.Node, axes: Sequence[str], sizes: Sequence[int]) -> gs.Constant:
+    """Return a target of Reshape: the first axes as they are, then some of these sizes."""
+    return _new_constant(graph, node.name, np.array([0] * len(axes) + list(sizes)))
 
 
 @rewrite

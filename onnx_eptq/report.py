@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -15,8 +16,10 @@ import onnx_graphsurgeon as gs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from onnx_eptq import graph as graphs
 from onnx_eptq.eptq import Learning
 from onnx_eptq.equalize import Evened
+from onnx_eptq.ops import op_name, op_of
 from onnx_eptq.plan import Plan, linear_layers
 from onnx_eptq.verify import Fidelity, Parity
 
@@ -59,7 +62,8 @@ def measure_coverage(graph: gs.Graph, plan: Plan) -> Coverage:
     for layer in done:
         bits = plan[layer.weight.name].grid.bits
         by_bits[bits] = by_bits.get(bits, 0) + 1
-    constants = {t.name: t for t in graph.tensors().values() if isinstance(t, gs.Constant) and t.dtype == np.float32}
+    tensors = itertools.chain.from_iterable(scope.tensors().values() for scope in graphs.scopes(graph))
+    constants = {t.name: t for t in tensors if isinstance(t, gs.Constant) and t.dtype == np.float32}
     sizes = {name: 4 * int(np.prod(tensor.shape or (1,))) for name, tensor in constants.items()}
     return Coverage(
         layers=len(layers),
@@ -77,6 +81,11 @@ def measure_coverage(graph: gs.Graph, plan: Plan) -> Coverage:
     )
 
 
+def find_islands(graph: gs.Graph) -> dict[str, str]:
+    """Return the nodes that ONNX Runtime computes in the simulation too, by name, with their operators."""
+    return {node.name: op_name(node) for node in graph.nodes if op_of(node).island}
+
+
 @dataclass
 class Report:
     """Everything a run has to say."""
@@ -86,6 +95,7 @@ class Report:
     settings: dict[str, Any]
     coverage: Coverage
     storage: dict[int, str] = field(default_factory=dict)
+    islands: dict[str, str] = field(default_factory=dict)
     output: str | None = None
     data: str = ""
     samples: int = 0
@@ -116,6 +126,10 @@ class Report:
             yield f"  float    {name}: {reason}"
         if len(reasons) > MAX_REASONS:
             yield f"  float    and {len(reasons) - MAX_REASONS} more (all of them in --json)"
+        if self.islands:
+            names = [f"'{name}' {op}" for name, op in self.islands.items()]
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            yield f"islands    {', '.join(names[:4])}{more}: left to ONNX Runtime in float, without gradients"
         if self.storage:
             yield "storage    " + ", ".join(
                 f"{bits}-bit weights as {form}" for bits, form in sorted(self.storage.items())
@@ -163,6 +177,9 @@ class Report:
                 f"{parity.fused_max_steps} step); basic optimisations change nothing"
             )
         if fidelity:
+            for name, sources in list(fidelity.selected.items())[:4]:
+                before = ", ".join(s for s in sources if s in fidelity.sqnr_db) or "nothing that both models name"
+                yield f"fidelity   {name}: selected, so judged before it is: {before}"
             for name in list(fidelity.sqnr_db)[:6]:
                 agree = f", argmax agrees in {fidelity.agreement[name]} %" if name in fidelity.agreement else ""
                 yield f"fidelity   {name}: SQNR {fidelity.sqnr_db[name]} dB{agree} ({fidelity.samples} samples)"

@@ -647,3 +647,52 @@ def test_values_without_data_do_not_matter():
         if tensor.data_type == onnx.TensorProto.FLOAT:
             tensor.raw_data = np.random.default_rng(1).permutation(onnx.numpy_helper.to_array(tensor)).tobytes()
     assert plan_of(proto) == plan_of("residual")
+
+
+def group_norm() -> onnx.ModelProto:
+    """As it is exported: groups normalized as channels, then a scale and a shift of each channel."""
+    draw = weights(4)
+    return parse(
+        """(float[N,3,6,6] x) => (float[N,4,6,6] y) {
+          a = Conv <pads=[1,1,1,1]> (x, w0, b0) b = Reshape(a, groups)
+          n = InstanceNormalization(b, ones, zeros) c = Reshape(n, channels)
+          s = Mul(c, gamma) d = Add(s, beta) r = Relu(d) y = Conv(r, w1)
+        }""",
+        w0=draw(8, 3, 3, 3, fan=27), b0=draw(8, fan=10), w1=draw(4, 8, 1, 1, fan=8),
+        groups=np.array([0, 2, -1]), channels=np.array([-1, 8, 6, 6]), ones=np.ones(2, np.float32),
+        zeros=np.zeros(2, np.float32), gamma=1 + draw(8, 1, 1, fan=4), beta=draw(8, 1, 1, fan=4),
+    )  # fmt: skip
+
+
+def test_scale_and_shift_belong_to_their_normalization():
+    found = models.quantize(group_norm())
+    assert set(found.plan.floats) == {"n", "c", "s"}
+    assert set(found.plan.floats.values()) == {"between a normalization and its scale and shift"}
+    assert {"x", "a", "b", "r", "y"} <= set(found.plan)
+    assert not {"gamma", "beta", "d"} & set(found.plan)
+
+
+DECODED = """(float[N,3,4,4] x) => (float[N,16,5] y) {
+  a = Conv(x, w0, b0) r = Relu(a) o = Conv(r, w1, b1) f = Reshape(o, rows) t = Transpose <perm=[0,2,1]> (f)
+  boxes, logits = Split <axis=-1, num_outputs=2> (t)
+  scaled = Mul(boxes, stride) placed = Add(scaled, anchors) score = %s
+  y = Concat <axis=-1> (placed, score)
+}"""
+
+
+@pytest.mark.parametrize(("score", "mixes"), [("Sigmoid(logits)", True), ("Neg(logits)", False)])
+def test_scores_and_coordinates_do_not_share_a_grid(score, mixes):
+    """As the last operator of many detectors; joined with coordinates of 640, a score of 0.9 would be 0."""
+    draw = weights(4)
+    proto = parse(
+        DECODED.replace("16,5", "16,6") % score,
+        w0=draw(8, 3, 1, 1, fan=3), b0=draw(8, fan=10), w1=draw(6, 8, 1, 1, fan=8), b1=draw(6, fan=10),
+        rows=np.array([0, 6, 16]), stride=np.float32(32),
+        anchors=np.random.default_rng(0).uniform(0, 640, (1, 16, 3)).astype(np.float32),
+    )  # fmt: skip
+    found = models.quantize(proto)
+    floats = {"boxes", "logits", "scaled", "placed", "score", "y"}
+    assert floats <= set(found.plan.floats) if mixes else not floats & set(found.plan.floats)
+    if mixes:
+        assert found.plan.floats["y"] == "decoding: scores and coordinates join"
+        assert "o" in found.plan

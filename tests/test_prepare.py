@@ -91,7 +91,7 @@ def prepared(model: onnx.ModelProto) -> gs.Graph:
     result = og.to_model(graph)
     assert difference(model, result) < TOLERANCE
     assert interface(result) == interface(model)
-    assert len(result.graph.node) <= max(len(model.graph.node), 1) + 1  # a mean may become a pool and a Flatten
+    assert len(result.graph.node) <= max(len(model.graph.node), 1) + 2  # an Einsum may become three nodes, a mean two
     assert not any(prepare(graph).values())
     return graph
 
@@ -204,6 +204,9 @@ for lines in (
 ):
     example("fuse_layernorm", S + "{" + lines + "}", "LayerNormalization",
             ax=vec(-1), two=one(2), eps=one(1e-3), ga=rand(6), be=rand(6))  # fmt: skip
+example("fuse_layernorm", "(float[N,5,H] x) => (float[N,5,H] y) {" + MEANS
+        + "q = Mul(d, d)\n v = ReduceMean(q, ax)\n e = Add(v, eps)\n s = Sqrt(e)\n n = Div(d, s)\n y = Mul(n, ga) }",
+        "LayerNormalization", ax=vec(-1), eps=one(1e-3), ga=rand(64))  # fmt: skip
 
 example("merge_reshapes", "(float[N,3,4] x) => (float[N,12] y) { a = Unsqueeze(x, ax)\n b = Squeeze(a, ax)\n"
         " c = Reshape(b, s)\n y = Reshape(c, t) }", "Reshape", ax=vec(1), s=vec(-1, 6, 2), t=vec(-1, 12))  # fmt: skip
@@ -310,6 +313,22 @@ example("use_global_pool", M.replace("8,8] y", "1,1] y") + "{ y = AveragePool<ke
         "GlobalAveragePool")  # fmt: skip
 
 GEMM = "(float[N,4] x) => (float[N,3] y)"
+for equation, shapes, wanted in (  # two activations, then an activation and a matrix
+    ("bic,bjc->bij", "(float[N,3,4] x, float[N,5,4] z) => (float[N,3,5] y)", "Transpose MatMul"),
+    ("bij,bjc->bic", "(float[N,3,4] x, float[N,4,5] z) => (float[N,3,5] y)", "MatMul"),
+    ("bhic,bhcj->bhij", "(float[N,2,3,4] x, float[N,2,4,5] z) => (float[N,2,3,5] y)", "MatMul"),
+    ("bci,bcj->bji", "(float[N,4,3] x, float[N,4,5] z) => (float[N,5,3] y)", ""),
+    ("bic,co->bio", "(float[N,3,4] x) => (float[N,3,5] y)", "MatMul"),
+    ("oc,bic->bio", "(float[N,3,4] x) => (float[N,3,5] y)", "MatMul"),
+    ("bic,chd->bhid", "(float[N,3,4] x) => (float[N,2,3,5] y)", "MatMul Reshape Transpose"),
+    ("bihd,hdo->bio", "(float[N,3,2,4] x) => (float[N,3,5] y)", "Reshape MatMul"),
+    ("bic,c->bi", "(float[N,3,4] x) => (float[N,3] y)", "MatMul Reshape"),
+):
+    weight = {"bic,co->bio": (4, 5), "oc,bic->bio": (5, 4), "bic,chd->bhid": (4, 2, 5), "bihd,hdo->bio": (2, 4, 5),
+              "bic,c->bi": (4,)}.get(equation)  # fmt: skip
+    operands = "x, z" if weight is None else "w, x" if equation.startswith("oc") else "x, w"
+    example("unfold_einsum", f'{shapes} {{ y = Einsum<equation = "{equation}">({operands}) }}', wanted,
+            **({} if weight is None else {"w": rand(*weight)}))  # fmt: skip
 for bias in (rand(3), rand(1, 3), one(0.5), one([2])):
     example("fuse_gemm", GEMM + "{ a = MatMul(x, w)\n y = Add(a, b) }", "Gemm", w=rand(4, 3), b=bias)
     example("normalize_gemm", GEMM + "{ y = Gemm<alpha = 0.5, beta = 3.0>(x, w, b) }", "Gemm", w=rand(4, 3), b=bias)

@@ -12,6 +12,7 @@ from onnx import numpy_helper
 from models import MODELS, cached, case, feeds, initializer, node_named, parse, producer, quantize, run_ort, weights
 from onnx_eptq import graph as graphs
 from onnx_eptq import grid as grids
+from onnx_eptq import verify
 from onnx_eptq import write as writers
 from onnx_eptq.errors import VerificationError
 from onnx_eptq.plan import Rules
@@ -347,6 +348,18 @@ def test_a_file_that_the_runtime_refuses(tmp_path):
         check(found)
     with pytest.raises(VerificationError, match="level 'all'"):
         session(found.written)
+
+
+def test_a_frequent_value_beside_a_tie_is_no_fault():
+    """One step off where the simulation lies within float rounding of a tie, in any number; elsewhere, or on it, in few."""
+    ours, theirs = torch.full((1000,), 128), torch.full((1000,), 127)
+    beside = torch.full((1000,), 127.5 + 127.5 * 2**-20)
+    assert verify._check_steps("v", "'node'", ours, theirs, beside) == 1000
+    for position in (torch.full((1000,), 127.5), torch.full((1000,), 127.6)):
+        with pytest.raises(VerificationError, match="differ in 1000 of 1000"):
+            verify._check_steps("v", "'node'", ours, theirs, position)
+    with pytest.raises(VerificationError, match="up to 2 steps"):
+        verify._check_steps("v", "'node'", ours + 1, theirs, beside)
 
 
 # ---- fidelity
