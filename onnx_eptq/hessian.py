@@ -135,15 +135,40 @@ def label_free_hessian(
         Two dicts by layer output, shapes [samples], float64: the trace, summed over all elements (reference of EPTQ v1), and
         the Sample-Layer Attention score, the mean over positions and largest over channels (EPTQ v2).
     """
-    raw = pieces.raw_nodes(teacher)
     names = [layer.output.name for layer in layers]
+    traces: dict[str, list[Tensor]] = {name: [] for name in names}
+    attention: dict[str, list[Tensor]] = {name: [] for name in names}
+    start = 0
+    for squares in squared_gradients(teacher, graph, names, samples, probes=probes, batch=batch, seed=seed):
+        count = min(batch, len(samples[0]) - start)
+        start += count
+        for layer, square in zip(layers, squares, strict=True):
+            by_channel = per_sample(square, count, layer.output_axis)
+            traces[layer.output.name].append(by_channel.sum((1, 2)).cpu())
+            attention[layer.output.name].append(by_channel.mean(2).amax(1).cpu())
+    return tuple({name: torch.cat(parts) for name, parts in found.items()} for found in (traces, attention))  # type: ignore[return-value]
+
+
+def squared_gradients(
+    teacher: Mirror,
+    graph: gs.Graph,
+    names: Sequence[str],
+    samples: Sequence[Tensor],
+    *,
+    probes: int = PROBES,
+    batch: int = 32,
+    seed: int = 0,
+) -> Iterator[list[Tensor]]:
+    """Yield, batch by batch, sum over outputs of (d output / d element)**2 for the named values, shaped like them, float64.
+
+    Arguments as for `label_free_hessian`.
+    """
+    raw = pieces.raw_nodes(teacher)
     targets = [raw[name] for name in learning_targets(graph)]
     places = pieces.placeholders(teacher)
     run = pieces.function(teacher, places, [*(raw[name] for name in names), *targets])
     scales = _head_scales(pieces.function(teacher, places, targets), samples, batch)
     generator = torch.Generator().manual_seed(seed)
-    traces: dict[str, list[Tensor]] = {name: [] for name in names}
-    attention: dict[str, list[Tensor]] = {name: [] for name in names}
     for inputs in _batches(samples, batch):
         count = len(inputs[0])
         results = run(*[x.detach().requires_grad_(x.is_floating_point()) for x in inputs])
@@ -155,11 +180,7 @@ def label_free_hessian(
             )
             for total, gradient in zip(squares, gradients, strict=True):
                 total += gradient.double().square()
-        for layer, square in zip(layers, squares, strict=True):
-            by_channel = per_sample(square, count, layer.output_axis)
-            traces[layer.output.name].append(by_channel.sum((1, 2)).cpu())
-            attention[layer.output.name].append(by_channel.mean(2).amax(1).cpu())
-    return tuple({name: torch.cat(parts) for name, parts in found.items()} for found in (traces, attention))  # type: ignore[return-value]
+        yield squares
 
 
 def weight_hessian(
