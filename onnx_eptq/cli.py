@@ -389,7 +389,7 @@ def explore(
 ) -> None:
     """Show what each width of each quantizer of MODEL would lose, and size against expected loss.
 
-    Budgets other than the size of the weights hold for every row. Nothing is written but the chart; what was measured is kept
+    Budgets hold for every row. Nothing is written but the chart; what was measured is kept
     for the next run, also of the other command.
     """
     _log(options["verbose"], options["quiet"])

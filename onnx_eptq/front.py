@@ -49,8 +49,8 @@ def front(points: Sequence[Point]) -> Table:
         length = 1 + round((BAR - 1) * (math.log(loss) - low) / ((high - low) or 1.0))
         found = point.allocation
         table.add_row(
-            f"{point.weight_bytes:,}",
             f"{point.file_bytes:,}",
+            f"{point.weight_bytes:,}",
             f"{found.average_bits:.2f}",
             f"{found.expected_loss:.3e}",
             "█" * length,

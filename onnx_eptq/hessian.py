@@ -161,7 +161,7 @@ def squared_gradients(
 ) -> Iterator[list[Tensor]]:
     """Yield, batch by batch, sum over outputs of (d output / d element)**2 for the named values, shaped like them, float64.
 
-    Arguments as for `label_free_hessian`.
+    Values that no input reaches (an expanded class token) have 0. Arguments as for `label_free_hessian`.
     """
     raw = pieces.raw_nodes(teacher)
     targets = [raw[name] for name in learning_targets(graph)]
@@ -174,11 +174,17 @@ def squared_gradients(
         results = run(*[x.detach().requires_grad_(x.is_floating_point()) for x in inputs])
         values, z = results[: len(names)], _together(results[len(names) :], scales, count)
         squares = [torch.zeros_like(value, dtype=torch.float64) for value in values]
-        for v in directions(z.shape[1], count, probes, z.shape[1] <= probes, generator):
+        reached = [(value, total) for value, total in zip(values, squares, strict=True) if value.requires_grad]
+        for v in directions(z.shape[1], count, probes, z.shape[1] <= probes, generator) if reached else ():
             gradients = torch.autograd.grad(
-                z, values, v.to(z.device), retain_graph=True, allow_unused=True, materialize_grads=True
+                z,
+                [value for value, _ in reached],
+                v.to(z.device),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
-            for total, gradient in zip(squares, gradients, strict=True):
+            for (_, total), gradient in zip(reached, gradients, strict=True):
                 total += gradient.double().square()
         yield squares
 

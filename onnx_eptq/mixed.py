@@ -177,25 +177,20 @@ class Mixed:
         return plan, allocation
 
     def front(self, points: int = 12, **budgets: float | None) -> list[Point]:
-        """The least expected loss at `points` sizes of the weights, from the least to the most, within other budgets."""
+        """The least expected loss at `points` sizes of the file, from the least to the most, within other budgets."""
         limits = self.limits(**budgets)
-        weights = self.sizes.weights
-        least = self.program.least(weights, limits)
-        if least is None:
-            self.program.solve(limits)  # says what is in the way
-        widest = self.program.solve(limits).choice
-        low, high = least or 0.0, weights.use(widest)
+        size = self.sizes.file
+        high = size.use(self.program.solve(limits).choice)  # says what is in the way if nothing fits
+        low = self.program.least(size, limits) or 0.0
         found: list[Point] = []
         for index in range(points):
             share = (index / max(points - 1, 1)) ** 1.5  # small sizes are where it matters
-            limit = Limit(weights, low + (high - low) * share)
+            limit = Limit(size, max(low, low + (high - low) * share))
             solution = self.program.solve([*limits, limit])
             plan, allocation = self._chosen(solution, [*limits, limit])
-            point = Point(
-                int(weights.use(solution.choice)), int(self.sizes.file.use(solution.choice)), allocation, plan
-            )
-            if not found or plan.to_json() != found[-1].plan.to_json():
-                found.append(point)
+            used = int(size.use(solution.choice))
+            if not found or solution.loss < found[-1].allocation.expected_loss:
+                found.append(Point(int(self.sizes.weights.use(solution.choice)), used, allocation, plan))
         return found
 
 

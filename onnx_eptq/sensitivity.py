@@ -85,7 +85,10 @@ def local(setting: Setting, groups: Sequence[Group]) -> Iterator[Row]:
         if group.role == "activation":
             errors = activation_errors(setting, group)
             importance = sum(float(curvature[value].sum()) for value in _computed(setting.plan, group))
-            yield group.name, {bits: importance * error for bits, error in errors.items()}
+            if importance:
+                yield group.name, {bits: importance * error for bits, error in errors.items()}
+            else:  # made of constants alone: no gradient reaches it
+                yield from output(setting, [group])
     for group, layers, roundings in _rounded(setting, weights):
         losses = dict.fromkeys(group.widths, 0.0)
         for layer, by_width in zip(layers, roundings, strict=True):

@@ -81,7 +81,7 @@ def test_a_larger_budget_never_loses_more_and_no_run_is_needed(mixed: Mixed, mon
     losses = [mixed.choose(compression=ratio)[1].expected_loss for ratio in (15, 12, 8, 4.5)]
     assert losses == sorted(losses, reverse=True)
     points = mixed.front(6)
-    assert [p.weight_bytes for p in points] == sorted({p.weight_bytes for p in points})
+    assert [p.file_bytes for p in points] == sorted({p.file_bytes for p in points})
     found = [p.allocation.expected_loss for p in points]
     assert found == sorted(found, reverse=True)
 

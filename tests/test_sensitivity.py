@@ -80,6 +80,29 @@ def test_local_losses_rank_as_those_of_the_outputs(name):
     assert rank_correlation(*zip(*pairs, strict=True)) > 0.75
 
 
+def test_a_value_made_of_constants_is_measured_at_the_outputs():
+    w = weights(41)
+    proto = parse(
+        """(float[N,4,6] x) => (float[N,4,5] y) {
+          all = Shape(x)
+          n = Slice(all, zero, one)
+          sizes = Concat <axis=0> (n, rest)
+          token = Expand(part, sizes)
+          sum = Add(x, token)
+          y = MatMul(sum, w)
+        }""",
+        zero=models.i64(0),
+        one=models.i64(1),
+        rest=models.i64(4, 6),
+        part=w(1, 4, 6, fan=6),
+        w=w(6, 5),
+    )
+    problem, groups = setting(models.quantize(proto))
+    token = next(group for group in groups if group.name == "token")
+    row = dict(MEASURES["local"](problem, [token]))["token"]
+    assert row[4] > row[8] > 0
+
+
 def test_neither_batches_nor_memory_change_the_losses(monkeypatch):
     problem, groups = setting(models.cached("residual"))
     expected = dict(MEASURES["local"](problem, groups))
