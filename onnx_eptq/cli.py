@@ -282,6 +282,8 @@ def _run(
         job.report.estimate = pipeline.estimate(job)
         plan, report = job.plan, job.report
         report.output = None
+        if job.groups:
+            report.warnings.append("these are the widest bits allowed; a run chooses among them within the budget")
         if not flags.as_json and not flags.quiet:
             typer.echo(str(plan))
     else:

@@ -189,6 +189,41 @@ def squared_gradients(
         yield squares
 
 
+def projected_gradients(
+    teacher: Mirror,
+    graph: gs.Graph,
+    constants: Sequence[Tensor],
+    samples: Sequence[Tensor],
+    *,
+    passes: int,
+    batch: int = 32,
+    seed: int = 0,
+) -> Iterator[Sequence[Tensor]]:
+    """Yield about `passes` random combinations v' J of the rows of the outputs' Jacobians with respect to the constants.
+
+    Each is shaped like its constant. The expected square of (v' J) d, summed over all that is yielded, is the sum over samples
+    of |J d|**2: vectors are Rademacher, independent per sample, so that samples do not mix.
+    """
+    raw = pieces.raw_nodes(teacher)
+    run = pieces.function(teacher, pieces.placeholders(teacher), [raw[name] for name in learning_targets(graph)])
+    scales = _head_scales(run, samples, batch)
+    generator = torch.Generator().manual_seed(seed)
+    batches = list(_batches(samples, batch))
+    each = max(1, -(-passes // len(batches)))
+    leaves = [tensor.requires_grad_(True) for tensor in constants]
+    try:
+        for inputs in batches:
+            count = len(inputs[0])
+            z = _together(run(*inputs), scales, count)
+            for v in directions(z.shape[1], count, each, False, generator):
+                yield torch.autograd.grad(
+                    z, leaves, v.to(z.device), retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+    finally:
+        for tensor in leaves:
+            tensor.requires_grad_(False)
+
+
 def weight_hessian(
     teacher: Mirror,
     graph: gs.Graph,

@@ -346,6 +346,15 @@ def weight_samples(batches: sources.Batches) -> int:
     return min(wanted, batches.num_samples)
 
 
+def measuring_runs(job: Job) -> int:
+    """How many runs of the float model measuring sensitivities is worth."""
+    if not job.groups:
+        return 0
+    if job.config.sensitivity == "output":
+        return sum(len(group.widths) for group in job.groups)
+    return 2 * hessian.PROBES + 4 * max(len(group.widths) for group in job.groups)  # gradients, and rounding
+
+
 def estimate(job: Job) -> dict[str, float]:
     """Seconds and peak memory (MB) that the whole run will take, extrapolated from one batch."""
     teacher = mirror.build(job.graph).to(job.config.device)
@@ -354,7 +363,8 @@ def estimate(job: Job) -> dict[str, float]:
     calibrate.observe(teacher, job.plan, job.layers, [batch])
     spent = time.perf_counter() - start
     rounds = -(-job.batches.num_samples // job.batches.batch_size)
-    candidates = 2 + (len(calibrate.SHARES) if job.config.weight_bits < 7 else 0)
+    narrow = job.config.weight_bits < 7 or job.groups
+    candidates = 2 + (len(calibrate.SHARES) if narrow else 0)
     weights = candidates * weight_samples(job.batches) / job.batches.batch_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     model_mb = job.report.float_bytes / 2**20
@@ -362,7 +372,11 @@ def estimate(job: Job) -> dict[str, float]:
     effort = replace(effort, steps=job.config.steps or effort.steps, batch=learning_batch(job, effort))
     learning = learning_cost(method, effort) * spent / job.batches.batch_size if method.stages else 0.0
     held = 2 * job.config.cache_mb if method.stages else 0
-    return {"seconds": spent * (rounds + weights + 2) + learning + 1, "peak_mb": peak + 4 * model_mb + 60 + held}
+    measuring = weight_samples(job.batches) / job.batches.batch_size * measuring_runs(job)
+    return {
+        "seconds": spent * (rounds + weights + measuring + 2) + learning + 1,
+        "peak_mb": peak + 4 * model_mb + 60 + held,
+    }
 
 
 @dataclass

@@ -2,9 +2,10 @@
 
 A loss of 1 means that the error at the network's outputs is as large as the outputs. Two ways to measure it (`MEASURES`):
 
-local: the error that rounding makes in one value or one layer's output, weighted by the Label-Free Hessian. Layers are rounded
-    as the closed-form start of learning rounds them (`compensate`), as what counts is the loss after learning. The samples
-    are run once for every set of layers that fits the memory, whatever the number of widths.
+local: the rounding error of one value or one weight, weighted by the Label-Free Hessian: the square of what the float network's
+    gradients make of it. Weights are rounded as the closed-form start of learning rounds them (`compensate`), as what counts
+    is the loss after learning. The samples are run once forward, and some times backward, for every set of layers that fits
+    the memory, whatever the number of widths.
 output: the distance of the network's outputs with one quantizer on at a time; one run per quantizer and width.
 """
 
@@ -34,6 +35,7 @@ from onnx_eptq.widths import Group, with_widths
 
 log = logging.getLogger(__name__)
 
+PASSES = 64  # backward passes over the samples: about 20 % error, the same for all widths of a layer
 Losses = dict[str, dict[int, float]]  # by group and width
 Row = tuple[str, dict[int, float]]
 
@@ -76,25 +78,53 @@ def measure(name: str) -> Callable[[Measure], Measure]:
 
 @measure("local")
 def local(setting: Setting, groups: Sequence[Group]) -> Iterator[Row]:
-    """The local error times the Label-Free Hessian, as a share of the outputs' power."""
-    weights = _weight_groups(setting, groups)
-    values = [value for group in groups if group.role == "activation" for value in _computed(setting.plan, group)]
-    outputs = [layer.output.name for _, layers in weights for layer in layers]
-    curvature = _curvature(setting, [*values, *outputs])
-    for group in groups:
-        if group.role == "activation":
-            errors = activation_errors(setting, group)
-            importance = sum(float(curvature[value].sum()) for value in _computed(setting.plan, group))
-            if importance:
-                yield group.name, {bits: importance * error for bits, error in errors.items()}
-            else:  # made of constants alone: no gradient reaches it
-                yield from output(setting, [group])
-    for group, layers, roundings in _rounded(setting, weights):
-        losses = dict.fromkeys(group.widths, 0.0)
-        for layer, by_width in zip(layers, roundings, strict=True):
-            for bits, rounding in by_width.items():
-                losses[bits] += float((rounding.errors * curvature[layer.output.name]).sum())
-        yield group.name, losses
+    """The rounding error times the Label-Free Hessian, as a share of the outputs' power."""
+    activations = [group for group in groups if group.role == "activation"]
+    values = [value for group in activations for value in _computed(setting.plan, group)]
+    power = _output_power(setting)
+    curvature = _curvature(setting, values) if values else {}
+    for group in activations:
+        importance = sum(curvature[value] for value in _computed(setting.plan, group)) / power
+        if importance:
+            yield group.name, {bits: importance * error for bits, error in activation_errors(setting, group).items()}
+        else:  # made of constants alone: no gradient reaches it
+            yield from output(setting, [group])
+    for part in _sets(setting, groups):
+        yield from _projected(setting, part, _rounded(setting, part), power).items()
+
+
+def _projected(
+    setting: Setting,
+    weights: Sequence[tuple[Group, Layer]],
+    roundings: Mapping[str, Mapping[int, Rounding]],
+    power: float,
+) -> Losses:
+    """Hutchinson's estimate of |J (W - rounded W)|**2 / power, J the Jacobian of the outputs with respect to the weights.
+
+    One backward pass per vector serves all weights and widths. Other than with the Jacobian with respect to the layer's output,
+    errors add up over positions as they do in the network: most of those behind a global average do.
+    """
+    changes = [
+        (group.name, bits, _changes(setting.teacher, layer, rounding))
+        for group, layer in weights
+        for bits, rounding in roundings[group.name].items()
+    ]
+    tensors = {id(tensor): tensor for _, _, parts in changes for tensor, _ in parts}
+    losses: Losses = {group.name: dict.fromkeys(group.widths, 0.0) for group, _ in weights}
+    for gradients in hessian.projected_gradients(
+        setting.teacher,
+        setting.graph,
+        list(tensors.values()),
+        setting.samples,
+        passes=PASSES,
+        batch=setting.batch,
+        seed=setting.seed,
+    ):
+        by_id = dict(zip(tensors, gradients, strict=True))
+        for name, bits, parts in changes:
+            total = sum(float(torch.dot(by_id[id(tensor)].flatten(), delta.flatten())) for tensor, delta in parts)
+            losses[name][bits] += total**2 / power / len(setting.samples[0])
+    return losses
 
 
 @measure("output")
@@ -111,12 +141,14 @@ def output(setting: Setting, groups: Sequence[Group]) -> Iterator[Row]:
                 losses[bits] = judge.distance(student)
             yield group.name, losses
     student = mirror.build(setting.graph).to(device)
-    for group, layers, roundings in _rounded(setting, _weight_groups(setting, groups)):
-        losses = {}
-        for bits, rounding in roundings[0].items():
-            with _replaced(student, layers[0], rounding):
-                losses[bits] = judge.distance(student)
-        yield group.name, losses
+    for part in _sets(setting, groups):
+        roundings = _rounded(setting, part)
+        for group, layer in part:
+            losses = {}
+            for bits, rounding in roundings[group.name].items():
+                with _replaced(student, layer, rounding):
+                    losses[bits] = judge.distance(student)
+            yield group.name, losses
 
 
 # Activations
@@ -151,31 +183,20 @@ def activation_errors(setting: Setting, group: Group) -> dict[int, float]:
     return errors
 
 
-def _curvature(setting: Setting, names: Sequence[str]) -> dict[str, Tensor]:
-    """Per value and channel: LFH summed over the positions of a sample, mean over samples, per power of the outputs.
-
-    Times a mean squared error per element, this is the share of the outputs' power that the error will be.
-    """
-    axes = {layer.output.name: layer.output_axis for layer in setting.layers}
+def _curvature(setting: Setting, names: Sequence[str]) -> dict[str, float]:
+    """Per value: LFH summed over the elements of a sample, mean over samples (unit: output**2 / value**2)."""
     unique = list(dict.fromkeys(names))
-    totals: dict[str, Tensor] = {}
-    count, start = len(setting.samples[0]), 0
+    totals = dict.fromkeys(unique, 0.0)
     options = {"batch": setting.batch, "seed": setting.seed}
     for squares in hessian.squared_gradients(setting.teacher, setting.graph, unique, setting.samples, **options):
-        size = min(setting.batch, count - start)
-        start += size
         for name, square in zip(unique, squares, strict=True):
-            by_channel = (
-                hessian.per_sample(square, size, axes.get(name, -1)) if square.ndim else square.reshape(1, 1, 1)
-            )
-            totals[name] = totals.get(name, 0) + by_channel.sum((0, 2)).cpu() / count
-    power = _output_power(setting)
-    return {name: total / power for name, total in totals.items()}
+            totals[name] += float(square.sum()) / len(setting.samples[0])
+    return totals
 
 
 @torch.no_grad()
 def _output_power(setting: Setting) -> float:
-    """Mean squared norm of the learning targets per sample, in the scale that `squared_gradients` takes them in."""
+    """Mean squared norm of the learning targets per sample, in the scale that `hessian` takes them in."""
     targets = hessian.learning_targets(setting.graph)
     if len(targets) > 1:
         return float(len(targets))  # brought to power 1 each
@@ -196,87 +217,72 @@ def _output_power(setting: Setting) -> float:
 
 @dataclass
 class Rounding:
-    """A layer's weight on a grid, the mean squared error of its output per channel, the bias that makes up for its mean."""
+    """A layer's weight on a grid, and the change of its bias that makes up for the mean error of the output."""
 
     weight: Tensor
-    errors: Tensor
     shift: Tensor | None
 
 
-def _weight_groups(setting: Setting, groups: Sequence[Group]) -> list[tuple[Group, list[Layer]]]:
-    users: dict[str, list[Layer]] = {}
+def _sets(setting: Setting, groups: Sequence[Group]) -> Iterator[list[tuple[Group, Layer]]]:
+    """Weights, each with the first layer that reads it, in sets whose covariances and roundings fit the memory."""
+    first: dict[str, Layer] = {}
     for layer in setting.layers:
-        users.setdefault(layer.weight.name, []).append(layer)
-    return [(group, users[group.name]) for group in groups if group.role == "weight"]
-
-
-def _rounded(
-    setting: Setting, weights: Sequence[tuple[Group, list[Layer]]]
-) -> Iterator[tuple[Group, list[Layer], list[dict[int, Rounding]]]]:
-    """Per weight: its layers, and for each of them the rounding by width."""
-    for part in _sets(weights, setting.cache_bytes):
-        moments, batches = _gathered(setting, [layer for _, layers in part for layer in layers])
-        for group, layers in part:
-            grid = setting.plan[group.name].grid
-            roundings = []
-            for layer in layers:
-                weight = setting.teacher.constant(layer.weight.name)
-                found = {}
-                for bits in group.widths:
-                    if id(layer.node) in moments:
-                        found[bits] = solved(layer, weight, moments[id(layer.node)], grid.with_bits(bits))
-                    else:
-                        found[bits] = direct(layer, weight, batches[id(layer.node)], grid.with_bits(bits))
-                roundings.append(found)
-            yield group, layers, roundings
-
-
-def _sets(weights: Sequence[tuple[Group, list[Layer]]], room: int) -> Iterator[list[tuple[Group, list[Layer]]]]:
-    """Weights whose layers' covariances fit into `room` bytes together."""
-    part: list[tuple[Group, list[Layer]]] = []
+        first.setdefault(layer.weight.name, layer)
+    part: list[tuple[Group, Layer]] = []
     size = 0
-    for group, layers in weights:
-        own = sum(_bytes(layer) for layer in layers)
-        if part and size + own > room:
+    for group in groups:
+        if group.role != "weight":
+            continue
+        own = _bytes(first[group.name], len(group.widths))
+        if part and size + own > setting.cache_bytes:
             yield part
             part, size = [], 0
-        part.append((group, layers))
+        part.append((group, first[group.name]))
         size += own
     if part:
         yield part
 
 
-def _bytes(layer: Layer) -> int:
+def _bytes(layer: Layer, widths: int) -> int:
+    weight = torch.empty(tuple(layer.weight.shape), device="meta")
+    own = 4 * weight.numel() * (widths + 1)
     if not compensate.can_solve(layer):
-        return 0
-    groups, rows, unknowns = as_rows(layer, torch.empty(tuple(layer.weight.shape), device="meta")).shape
-    return 8 * groups * unknowns * (unknowns + rows)
+        return own
+    groups, rows, unknowns = as_rows(layer, weight).shape
+    return own + 8 * groups * unknowns * (unknowns + rows)
+
+
+def _rounded(setting: Setting, weights: Sequence[tuple[Group, Layer]]) -> dict[str, dict[int, Rounding]]:
+    """Every weight at each of its widths, after one run of the float network."""
+    moments = _gathered(setting, [layer for _, layer in weights if compensate.can_solve(layer)])
+    found: dict[str, dict[int, Rounding]] = {}
+    for group, layer in weights:
+        weight, grid = setting.teacher.constant(group.name), setting.plan[group.name].grid
+        seen = moments.get(group.name)
+        found[group.name] = {bits: rounded(layer, weight, seen, grid.with_bits(bits)) for bits in group.widths}
+    return found
 
 
 @torch.no_grad()
-def _gathered(setting: Setting, layers: Sequence[Layer]) -> tuple[dict[int, Moments], dict[int, list[Tensor]]]:
-    """One run of the float network: the moments of layers that can be solved, the inputs of the (rare) others."""
+def _gathered(setting: Setting, layers: Sequence[Layer]) -> dict[str, Moments]:
+    """The moments of the layers' inputs, by weight."""
     by_source: dict[str, list[Layer]] = {}
     for layer in layers:
         by_source.setdefault(layer.source.name, []).append(layer)
-    moments: dict[int, Moments] = {}
-    kept: dict[int, list[Tensor]] = {id(layer.node): [] for layer in layers if not compensate.can_solve(layer)}
+    moments: dict[str, Moments] = {}
 
     def see(value: str, x: Tensor) -> Tensor:
         for layer in by_source.get(value, ()):
-            key = id(layer.node)
-            if key in kept:
-                kept[key].append(x)
-                continue
-            weight = setting.teacher.constant(layer.weight.name)
+            name = layer.weight.name
+            weight = setting.teacher.constant(name)
             pair = [(x, apply_linear(layer, x, weight))]
             found = compensate.gather(layer, pair, weight, len(setting.samples[0]))
-            moments[key] = _sum(moments[key], found) if key in moments else found
+            moments[name] = _sum(moments[name], found) if name in moments else found
         return x
 
     for inputs in setting.batches():
         Probe(setting.teacher, see).run(*inputs)
-    return moments, kept
+    return moments
 
 
 def _sum(a: Moments, b: Moments) -> Moments:
@@ -284,52 +290,45 @@ def _sum(a: Moments, b: Moments) -> Moments:
 
 
 @torch.no_grad()
-def solved(layer: Layer, weight: Tensor, moments: Moments, grid: Grid) -> Rounding:
-    """Round column by column, each error absorbed by the columns still to come, as the closed-form start does."""
+def rounded(layer: Layer, weight: Tensor, moments: Moments | None, grid: Grid) -> Rounding:
+    """Round column by column, each error absorbed by the columns still to come, as the closed-form start does.
+
+    Without moments (weights that are no matrix of output channels), each to its nearest.
+    """
+    if moments is None:
+        return Rounding(fake_quantize(weight, weight_mse(weight, grid), grid), None)
     rows = as_rows(layer, weight).double()
     _, damped = compensate.solve(rows, moments)
     scale = absmax(weight, grid).scale.double().reshape(rows.shape[:2])
     latent, scale = compensate.best_scale(rows, damped, scale, grid)
     latent, scale = compensate.descend(latent, rows, damped, scale, grid)
-    own = Grid(grid.bits, grid.signed, 0)
     flat = latent.reshape(-1, latent.shape[2])
     qparams = QParams(scale.reshape(-1), torch.zeros(len(flat), dtype=torch.int32, device=flat.device))
-    rounded = fake_quantize(flat, qparams, own).reshape(rows.shape)
-    delta = rows - rounded
-    mean = moments.x / moments.count
-    second = moments.xx / moments.count
+    found = fake_quantize(flat, qparams, Grid(grid.bits, grid.signed, 0)).reshape(rows.shape)
     shift = None
     if layer.bias is not None:  # it takes the mean of the error
-        second = second - mean[:, :, None] * mean[:, None, :]
-        shift = (delta @ mean[:, :, None]).reshape(-1)
-    errors = ((delta @ second) * delta).sum(2).clamp(min=0).reshape(-1)
-    return Rounding(from_rows(layer, rounded, weight).to(weight.dtype), errors.cpu(), shift)
+        shift = ((rows - found) @ (moments.x / moments.count)[:, :, None]).reshape(-1).to(weight.dtype)
+    return Rounding(from_rows(layer, found, weight).to(weight.dtype), shift)
 
 
-@torch.no_grad()
-def direct(layer: Layer, weight: Tensor, inputs: Sequence[Tensor], grid: Grid) -> Rounding:
-    """Round each weight to its nearest: for layers whose weights are no matrix of output channels."""
-    rounded = fake_quantize(weight, weight_mse(weight, grid), grid)
-    total, count = torch.zeros(()), 0
-    for x in inputs:
-        error = apply_linear(layer, x, weight - rounded)
-        error = error.movedim(layer.output_axis, 0).flatten(1) if error.ndim > 1 else error.reshape(-1, 1)
-        total = total + error.double().square().sum(1).cpu()
-        count += error.shape[1]
-    return Rounding(rounded, total / max(count, 1), None)
+def _changes(network: Mirror, layer: Layer, rounding: Rounding) -> list[tuple[Tensor, Tensor]]:
+    """The constants that a rounding changes, and by how much."""
+    weight = network.constant(layer.weight.name)
+    changes = [(weight, rounding.weight - weight)]
+    if layer.bias is not None and rounding.shift is not None:
+        bias = network.constant(layer.bias.name)
+        changes.append((bias, rounding.shift.reshape(bias.shape)))
+    return changes
 
 
 @contextlib.contextmanager
 def _replaced(student: Mirror, layer: Layer, rounding: Rounding) -> Iterator[None]:
     """The float network with one rounded weight."""
-    changes = [(student.constant(layer.weight.name), rounding.weight)]
-    if layer.bias is not None and rounding.shift is not None:
-        bias = student.constant(layer.bias.name)
-        changes.append((bias, bias + rounding.shift.reshape(bias.shape).to(bias.dtype)))
+    changes = _changes(student, layer, rounding)
     before = [tensor.clone() for tensor, _ in changes]
     with torch.no_grad():
-        for tensor, value in changes:
-            tensor.copy_(value)
+        for tensor, change in changes:
+            tensor.add_(change)
         try:
             yield
         finally:

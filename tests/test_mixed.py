@@ -277,7 +277,9 @@ def test_several_widths_by_pattern(folder: Path) -> None:
     bits = ["--bits", "stem*=8", "--bits", "/stem/stem.0/Conv=8", "-w", "2,4", "--compression", 9]
     run = cli(DIGITS, CALIB, "--dry-run", "--json", *bits, "--sensitivity-cache", folder)
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout)["coverage"]["layers_by_bits"] == {"4": 13, "8": 1}
+    found = json.loads(run.stdout)
+    assert found["coverage"]["layers_by_bits"] == {"4": 13, "8": 1}
+    assert any("widest bits allowed" in warning for warning in found["warnings"])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 import models
 from models import ORT_TARGET, parse, samples_of, weights
-from onnx_eptq import compensate, sensitivity
+from onnx_eptq import compensate, hessian, sensitivity
 from onnx_eptq.calibrate import views
 from onnx_eptq.grid import Grid
 from onnx_eptq.plan import Rules
@@ -45,8 +45,8 @@ def test_of_a_single_layer_the_local_loss_is_the_loss():
     weight = [group for group in groups if group.role == "weight"]
     (_, local), (_, output) = (next(MEASURES[how](problem, weight)) for how in ("local", "output"))
     assert local.keys() == {2, 3, 4, 8}
-    for bits, loss in local.items():
-        assert loss == pytest.approx(output[bits], rel=1e-3)
+    ratios = [loss / output[bits] for bits, loss in local.items()]
+    assert np.mean(ratios) == pytest.approx(1, rel=0.25)  # 64 random vectors
 
 
 def test_of_an_activation_the_local_loss_is_about_the_loss():
@@ -103,30 +103,50 @@ def test_a_value_made_of_constants_is_measured_at_the_outputs():
     assert row[4] > row[8] > 0
 
 
-def test_neither_batches_nor_memory_change_the_losses(monkeypatch):
+def test_memory_does_not_change_the_losses(monkeypatch):
     problem, groups = setting(models.cached("residual"))
     expected = dict(MEASURES["local"](problem, groups))
     runs = []
     original = sensitivity._gathered
     monkeypatch.setattr(sensitivity, "_gathered", lambda s, layers: runs.append(len(layers)) or original(s, layers))
-    found = dict(MEASURES["local"](replace(problem, batch=7, cache_bytes=0), groups))
+    found = dict(MEASURES["local"](replace(problem, cache_bytes=0), groups))
     assert runs == [1, 1, 1]  # one layer at a time
     for name, row in expected.items():
         assert found[name] == pytest.approx(row, rel=1e-4)
 
 
-def test_the_error_of_a_rounded_layer_is_measured_and_its_mean_goes_to_the_bias():
+def test_the_mean_of_a_rounded_layers_error_goes_to_its_bias():
     problem, _ = setting(models.cached("residual"))
     layer = problem.layers[1]
     weight = problem.teacher.constant(layer.weight.name)
-    moments, _ = sensitivity._gathered(problem, [layer])
-    rounding = sensitivity.solved(layer, weight, moments[id(layer.node)], Grid(3, True, 0))
-    (x,) = (x for x in [_value(problem, layer.source.name)])
-    error = compensate.apply_linear(layer, x, weight - rounding.weight).movedim(1, 0).flatten(1)
-    assert rounding.shift is not None
-    torch.testing.assert_close(rounding.shift.float(), error.mean(1), rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(rounding.errors.float(), error.var(1, correction=0), rtol=1e-3, atol=1e-6)
-    assert len(rounding.weight.unique()) > 1
+    moments = sensitivity._gathered(problem, [layer])
+    coarse, fine = (sensitivity.rounded(layer, weight, moments[layer.weight.name], Grid(b, True, 0)) for b in (3, 6))
+    x = _value(problem, layer.source.name)
+    powers = []
+    for rounding in (coarse, fine):
+        error = compensate.apply_linear(layer, x, weight - rounding.weight).movedim(1, 0).flatten(1)
+        assert rounding.shift is not None
+        torch.testing.assert_close(rounding.shift.float(), error.mean(1), rtol=1e-3, atol=1e-5)
+        powers.append(float(error.var()))
+    assert powers[0] > 10 * powers[1]
+
+
+def test_projected_gradients_estimate_what_a_change_does_to_the_outputs():
+    """Against finite differences of the network itself."""
+    problem, _ = setting(models.cached("residual"))
+    weight = problem.teacher.constant("w2")
+    change = 1e-3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    (before,) = (z.clone() for z in problem.teacher(*problem.samples))
+    with torch.no_grad():
+        weight.add_(change)
+        (after,) = problem.teacher(*problem.samples)
+        weight.sub_(change)
+    gradients = hessian.projected_gradients(
+        problem.teacher, problem.graph, [weight], problem.samples, passes=300, batch=16
+    )
+    found = sum(float((gradient * change).sum()) ** 2 for (gradient,) in gradients)
+    assert found == pytest.approx(float((after - before).square().sum()), rel=0.25)
+    assert not weight.requires_grad
 
 
 def _value(problem, name):
