@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnx_eptq.config import Config
-    from onnx_eptq.pipeline import Result, quantize
+    from onnx_eptq.mixed import Mixed
+    from onnx_eptq.pipeline import Result, explore, quantize
 
-__all__ = ["Config", "Result", "__version__", "quantize"]
+__all__ = ["Config", "Mixed", "Result", "__version__", "explore", "quantize"]
 
 try:
     __version__ = metadata.version("onnx-eptq")
@@ -23,7 +24,11 @@ def __getattr__(name: str) -> Any:
         from onnx_eptq.config import Config
 
         return Config
-    if name in ("Result", "quantize"):
+    if name == "Mixed":
+        from onnx_eptq.mixed import Mixed
+
+        return Mixed
+    if name in ("Result", "explore", "quantize"):
         from onnx_eptq import pipeline
 
         return getattr(pipeline, name)

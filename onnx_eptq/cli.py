@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -14,10 +17,12 @@ from onnx_eptq.errors import EptqError, UsageError
 
 EXIT_CODES = """Exit codes: 0 done; 2 wrong usage; 3 the model cannot be read or quantized; 4 the calibration data does not fit;
 5 the output cannot be written; 6 the written file failed verification; 7 --strict and a layer would stay float; 130
-interrupted (no model is written; --resume goes on)."""
+interrupted (no model is written; --resume goes on).
+
+`onnx-eptq sensitivity MODEL DATA` shows size against expected loss, to choose a budget by."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-DATA, QUANT, RUN = "Calibration data", "Quantization", "Run"
+DATA, QUANT, BUDGET, RUN = "Calibration data", "Quantization", "Mixed precision", "Run"
 
 
 def option(panel: str, text: str, *names: str, metavar: str | None = None) -> Any:
@@ -44,9 +49,21 @@ def quantize(
     output: Annotated[
         Path | None, option(RUN, "The file to write; MODEL with _int4, _int8, ... added by default", "-o", "--output")
     ] = None,
-    weight_bits: Annotated[int | None, option(QUANT, "Bits per weight, 2 to 8 [8]", "-w", "--weight-bits")] = None,
+    weight_bits: Annotated[
+        str | None,
+        option(
+            QUANT,
+            "Bits per weight, 2 to 8, or several to choose from: 2,4,8 [8]",
+            "-w",
+            "--weight-bits",
+            metavar="BITS",
+        ),
+    ] = None,
     act_bits: Annotated[
-        int | None, option(QUANT, "Bits per activation, 2 to 8; inputs and outputs keep 8 [8]", "-a", "--act-bits")
+        str | None,
+        option(
+            QUANT, "Bits per activation, or several; inputs and outputs keep 8 [8]", "-a", "--act-bits", metavar="BITS"
+        ),
     ] = None,
     method: Annotated[
         str | None,
@@ -88,13 +105,54 @@ def quantize(
     ] = None,
     bits: Annotated[
         list[str] | None,
-        option(QUANT, "Other bits for a layer or tensor, may be repeated", "--bits", metavar="PATTERN=BITS"),
+        option(
+            QUANT,
+            "Other bits for a layer or tensor (conv1=8, conv*=4,8), may be repeated; alone (2,4,8) the same as -w",
+            "--bits",
+            metavar="[PATTERN=]BITS",
+        ),
     ] = None,
     keep_float: Annotated[
         list[str] | None,
         option(
             QUANT, "A layer, operator type or tensor kept float, may be repeated", "--keep-float", metavar="PATTERN"
         ),
+    ] = None,
+    compression: Annotated[
+        float | None, option(BUDGET, "How many times smaller than float32 the weights must become", metavar="RATIO")
+    ] = None,
+    max_weight_bytes: Annotated[
+        str | None, option(BUDGET, "Bytes that the weights may take: 60000, 60KB, 58KiB", metavar="SIZE")
+    ] = None,
+    max_size: Annotated[str | None, option(BUDGET, "Bytes that the whole file may take: 300KB", metavar="SIZE")] = None,
+    max_activation_memory: Annotated[
+        str | None, option(BUDGET, "Bytes of activations that may be alive at once, for one sample", metavar="SIZE")
+    ] = None,
+    max_bops: Annotated[
+        str | None,
+        option(
+            BUDGET, "Bit operations of one sample (weight bits x activation bits x products): 1.5G", metavar="NUMBER"
+        ),
+    ] = None,
+    cost_table: Annotated[
+        str | None, option(BUDGET, "JSON file of costs by operator, shape and bits; see the README", metavar="FILE")
+    ] = None,
+    max_cost: Annotated[
+        float | None, option(BUDGET, "What all layers together may cost by that table", metavar="NUMBER")
+    ] = None,
+    sensitivity: Annotated[
+        str | None,
+        option(
+            BUDGET,
+            "What each width would lose: local (error of a layer, weighted by LFH), or output (of the network, slower) [local]",
+        ),
+    ] = None,
+    sensitivity_cache: Annotated[
+        str | None,
+        option(BUDGET, "Folder where they are kept for the next budget [~/.cache/onnx-eptq]", metavar="FOLDER"),
+    ] = None,
+    solver_seconds: Annotated[
+        float | None, option(BUDGET, "Time to choose in; the best choice found then is taken [60]")
     ] = None,
     plan_out: Annotated[Path | None, option(QUANT, "Write the plan (where quantizers sit) as JSON")] = None,
     plan_in: Annotated[Path | None, option(QUANT, "Use an edited plan instead of making one")] = None,
@@ -137,26 +195,12 @@ def quantize(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version", rich_help_panel=RUN)
     ] = False,
 ) -> None:
-    """Quantize a float ONNX MODEL to low-bit integers, calibrated on the samples in DATA, and verify the result."""
+    """Quantize a float ONNX MODEL to low-bit integers, calibrated on the samples in DATA, and verify the result.
+
+    With a budget (--compression, --max-size, ...), every layer gets the bits that lose least.
+    """
     _log(verbose, quiet)
-    given = {
-        name: value
-        for name, value in locals().items()
-        if value is not None and name in _settings() and name not in ("bits", "keep_float", "mean", "std")
-    }
-    given |= {name: _numbers(name, text) for name, text in (("mean", mean), ("std", std)) if text is not None}
-    if not random_calibration:
-        del given["random_calibration"]  # a config file may have asked for it
-    if bits:
-        given["bits"] = dict(_override(text) for text in bits)
-    if keep_float:
-        given["keep_float"] = tuple(keep_float)
-    if data is None and not random_calibration:
-        raise UsageError(
-            "give calibration samples (a folder of images, .npy or .npz), or --random-calibration to try out"
-        )
-    if data is not None and random_calibration:
-        raise UsageError(f"--random-calibration and the data {data} exclude each other; give one of them")
+    given = _given(locals())
     for path in (plan_out, save_config):
         if path and not path.absolute().parent.is_dir():
             raise UsageError(f"cannot write {path}: its folder does not exist")
@@ -166,6 +210,41 @@ def quantize(
     except KeyboardInterrupt:
         typer.echo("interrupted; no model was written; --resume goes on with what was learned so far", err=True)
         raise typer.Exit(130) from None
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The settings among the options of a command, as `Config` takes them."""
+    found = {name: value for name, value in options.items() if value is not None and name in _settings()}
+    for name, read in READERS.items():
+        if name in found:
+            found[name] = read(f"--{name.replace('_', '-')}", found[name])
+    alone = [text for text in found.pop("bits", None) or () if "=" not in text]
+    overrides = dict(_override(text) for text in options.get("bits") or () if "=" in text)
+    if overrides:
+        found["bits"] = overrides
+    if len(alone) > 1 or (alone and "weight_bits" in found):
+        raise UsageError("the bits of weights are given twice; give -w or --bits once without a pattern")
+    if alone:
+        found["weight_bits"] = _widths("--bits takes PATTERN=BITS, such as 'conv1=8'; without a pattern it", alone[0])
+    budgets = any(found.get(name) is not None for name in _budgets())
+    for name, choices in (("weight_bits", "weight_choices"), ("act_bits", "act_choices")):
+        widths = found.pop(name, None)
+        if widths is not None and (len(widths) > 1 or budgets):
+            found[choices] = widths
+        elif widths is not None:
+            found[name] = widths[0]
+    if not found.get("keep_float"):
+        found.pop("keep_float", None)
+    data, random = options.get("data"), options.get("random_calibration")
+    if not random:
+        found.pop("random_calibration", None)  # a config file may have asked for it
+    if data is None and not random:
+        raise UsageError(
+            "give calibration samples (a folder of images, .npy or .npz), or --random-calibration to try out"
+        )
+    if data is not None and random:
+        raise UsageError(f"--random-calibration and the data {data} exclude each other; give one of them")
+    return found
 
 
 class _Flags(NamedTuple):
@@ -205,7 +284,8 @@ def _run(
         config.save(save_config)
     plan_in, plan_out = plans
     plan = Plan.from_json(_read(plan_in)) if plan_in else None
-    output = output or model.with_name(f"{model.stem}_int{config.weight_bits}.onnx")
+    kind = "mixed" if config.budgets else f"int{config.weight_bits}"
+    output = output or model.with_name(f"{model.stem}_{kind}.onnx")
     phases = Phases(console(flags.quiet))
     options: dict[str, Any] = {"config": config, "plan": plan, "strict": flags.strict, "phases": phases}
     if flags.dry_run:
@@ -213,6 +293,8 @@ def _run(
         job.report.estimate = pipeline.estimate(job)
         plan, report = job.plan, job.report
         report.output = None
+        if job.groups:
+            report.warnings.append("these are the widest bits allowed; a run chooses among them within the budget")
         if not flags.as_json and not flags.quiet:
             typer.echo(str(plan))
     else:
@@ -230,20 +312,60 @@ def _log(verbose: int, quiet: bool) -> None:
     logging.getLogger("onnx_eptq").setLevel(level)
 
 
+def _budgets() -> tuple[str, ...]:
+    from onnx_eptq.config import BUDGETS
+
+    return BUDGETS
+
+
 def _numbers(name: str, text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(
-            f"--{name} takes numbers with commas between them, such as 0.5,0.5,0.5, not {text!r}"
-        ) from None
+        raise UsageError(f"{name} takes numbers with commas between them, such as 0.5,0.5,0.5, not {text!r}") from None
 
 
-def _override(text: str) -> tuple[str, int]:
-    pattern, sign, bits = text.rpartition("=")
-    if not sign or not bits.isdigit():
-        raise UsageError(f"--bits takes PATTERN=BITS, such as 'conv1=8', not {text!r}")
-    return pattern, int(bits)
+def _widths(name: str, text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise UsageError(f"{name} takes a number of bits, or several with commas between them (2,4,8), not {text!r}")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def _override(text: str) -> tuple[str, int | tuple[int, ...]]:
+    pattern, _, bits = text.rpartition("=")
+    if not pattern or not all(part.isdigit() for part in bits.split(",")):
+        raise UsageError(f"--bits takes PATTERN=BITS, such as 'conv1=8' or 'conv*=4,8', not {text!r}")
+    widths = _widths("--bits", bits)
+    return pattern, widths[0] if len(widths) == 1 else widths
+
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def _amount(name: str, text: str) -> float:
+    """A number with a unit: 300KB, 1.5MiB, 2G."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgt]i?)?b?", text.strip().lower())
+    if not found or (found[2] or "") not in UNITS:
+        raise UsageError(f"{name} takes a number, such as 300000, 300KB, 293KiB or 1.5G, not {text!r}")
+    return float(found[1]) * UNITS[found[2] or ""]
+
+
+def _size(name: str, text: str) -> int:
+    return int(_amount(name, text))
+
+
+READERS: dict[str, Callable[[str, Any], Any]] = {
+    "weight_bits": _widths,
+    "act_bits": _widths,
+    "mean": _numbers,
+    "std": _numbers,
+    "keep_float": lambda _, values: tuple(values),
+    "max_weight_bytes": _size,
+    "max_size": _size,
+    "max_activation_memory": _size,
+    "max_bops": _amount,
+}
 
 
 def _read(path: Path) -> str:
@@ -260,9 +382,74 @@ def _write(path: Path, text: str) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
 
 
+explorer = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+SHARED = (  # options of `quantize` that decide what there is to choose from
+    "model", "data", "weight_bits", "act_bits", "bits", "keep_float", "target", "storage", "opset", "calibration",
+    "bias_correction", "compression", "max_weight_bytes", "max_size", "max_activation_memory", "max_bops", "cost_table",
+    "max_cost", "sensitivity", "sensitivity_cache", "solver_seconds", "num_samples", "batch_size", "preset", "scale", "mean",
+    "std", "resize", "crop", "color", "layout", "cache_mb", "random_calibration", "seed", "threads", "device", "as_json",
+    "verbose", "quiet",
+)  # fmt: skip
+
+
+def explore(
+    *,
+    points: Annotated[int, option(RUN, "How many sizes are tried [12]")] = 12,
+    chart: Annotated[
+        Path | None, option(RUN, "Draw the front into a file (.png, .svg, .pdf); needs matplotlib")
+    ] = None,
+    **options: Any,
+) -> None:
+    """Show what each width of each quantizer of MODEL would lose, and size against expected loss.
+
+    Budgets hold for every row. Nothing is written but the chart; what was measured is kept
+    for the next run, also of the other command.
+    """
+    _log(options["verbose"], options["quiet"])
+    given = _given(options)
+    from onnx_eptq import front, pipeline
+    from onnx_eptq.config import Config
+    from onnx_eptq.report import Phases, console
+
+    if points < 2:
+        raise UsageError(f"--points takes 2 or more, not {points}")
+    if chart is not None:
+        front.check_chart(chart)
+    config = Config.make(**given)
+    phases = Phases(console(options["quiet"]))
+    try:
+        mixed = pipeline.explore(options["model"], options["data"], config=config, phases=phases)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; what was measured is kept for the next run", err=True)
+        raise typer.Exit(130) from None
+    found = mixed.front(points, **config.budgets)
+    if chart is not None:
+        front.chart(found, chart)
+    if options["as_json"]:
+        typer.echo(front.to_json(mixed, found))
+    elif not options["quiet"]:
+        front.show(mixed, found)
+
+
+def _with_options_of_quantize(command: Callable[..., None]) -> Callable[..., None]:
+    """Let the command take the options in `SHARED`, beside its own."""
+    shared = inspect.signature(quantize, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [shared[name] for name in SHARED] + [p for p in own if p.kind is not p.VAR_KEYWORD]
+    keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    command.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in keywords}
+    return command
+
+
+explorer.command(name="sensitivity", epilog=EXIT_CODES)(_with_options_of_quantize(explore))
+
+
 def main() -> None:
     """Entry point: run the command, turn errors into one line and an exit code."""
     try:
+        if sys.argv[1:2] == ["sensitivity"]:
+            explorer(sys.argv[2:], prog_name="onnx-eptq sensitivity")
         app()
     except EptqError as error:
         typer.echo(f"error: {error}", err=True)

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onnx_eptq.errors import UsageError
 
+BUDGETS = ("compression", "max_weight_bytes", "max_size", "max_activation_memory", "max_bops", "max_cost")
+
 
 class Config(BaseModel):
     """Settings of `quantize`; see the README for what they do. Unknown names and impossible values are refused."""
@@ -50,7 +52,23 @@ class Config(BaseModel):
     equalize: bool = Field(
         True, description="Even out channels between layers, where that lowers the error of the layers behind"
     )
-    bits: dict[str, int] = Field(default_factory=dict, description="Bits for layers or tensors by name pattern")
+    bits: dict[str, int | tuple[int, ...]] = Field(
+        default_factory=dict, description="Bits for layers or tensors by name pattern; several, to choose from"
+    )
+    weight_choices: tuple[int, ...] = Field((), description="Bits that weights may have under a budget")
+    act_choices: tuple[int, ...] = Field((), description="Bits that activations may have under a budget")
+    compression: float | None = Field(None, gt=0, description="Budget: float32 bytes of the weights per stored byte")
+    max_weight_bytes: int | None = Field(None, gt=0, description="Budget: bytes of the stored weights")
+    max_size: int | None = Field(None, gt=0, description="Budget: bytes of the whole file")
+    max_activation_memory: int | None = Field(None, gt=0, description="Budget: bytes of activations alive at once")
+    max_bops: float | None = Field(None, gt=0, description="Budget: bit operations of one sample")
+    cost_table: str | None = Field(None, description="JSON file that says what layers cost at which bits")
+    max_cost: float | None = Field(None, gt=0, description="Budget: sum of the costs in cost_table")
+    sensitivity: Literal["local", "output"] = Field(
+        "local", description="How the loss at each width is measured: local error weighted by LFH, or at the outputs"
+    )
+    sensitivity_cache: str | None = Field(None, description="Folder of measured sensitivities; the user's by default")
+    solver_seconds: float = Field(60.0, gt=0, description="How long the choice of widths may take")
     keep_float: tuple[str, ...] = Field((), description="Layers, operators or tensors kept float, by name pattern")
     num_samples: int | None = Field(None, ge=1, description="Calibration samples to use; all by default")
     random_calibration: bool = Field(False, description="Calibrate on random numbers when no data is given")
@@ -68,6 +86,12 @@ class Config(BaseModel):
     seed: int = Field(0, ge=0, description="Decides every random choice")
     threads: int = Field(0, ge=0, description="CPU threads; 0: one per core")
     device: str = Field("cpu", description="Where the simulation runs: cpu, cuda, cuda:1")
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The budgets that are set, by field."""
+        found = {name: getattr(self, name) for name in BUDGETS}
+        return {name: value for name, value in found.items() if value is not None}
 
     @classmethod
     def make(cls, **settings: Any) -> Config:

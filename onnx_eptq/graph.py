@@ -723,6 +723,15 @@ def _weight_bytes(model: onnx.ModelProto) -> int:
     return sum(len(t.raw_data) for t in model.graph.initializer)
 
 
+def model_bytes(model: onnx.ModelProto) -> int:
+    """Return the size that the model's file will have, with its external data when `Staged.write` makes any."""
+    if _weight_bytes(model) < PROTOBUF_LIMIT:
+        return int(model.ByteSize())
+    with staging() as staged:
+        staged.write(model)
+        return file_bytes(staged.path)
+
+
 def file_bytes(path: Path) -> int:
     """Return the size of a model file and of the external data files that it names."""
     model = onnx.load(path, load_external_data=False)

@@ -136,31 +136,93 @@ def label_free_hessian(
         Two dicts by layer output, shapes [samples], float64: the trace, summed over all elements (reference of EPTQ v1), and
         the Sample-Layer Attention score, the mean over positions and largest over channels (EPTQ v2).
     """
-    raw = pieces.raw_nodes(teacher)
     names = [layer.output.name for layer in layers]
-    targets = [raw[name] for name in learning_targets(graph)]
-    places = pieces.placeholders(teacher)
-    run = pieces.function(teacher, places, [*(raw[name] for name in names), *targets])
-    scales = _head_scales(pieces.function(teacher, places, targets), samples, batch)
-    generator = torch.Generator().manual_seed(seed)
     traces: dict[str, list[Tensor]] = {name: [] for name in names}
     attention: dict[str, list[Tensor]] = {name: [] for name in names}
-    for inputs in _batches(samples, batch):
-        count = len(inputs[0])
-        results = run(*[x.detach().requires_grad_(x.is_floating_point()) for x in inputs])
-        values, z = results[: len(names)], _together(results[len(names) :], scales, count)
-        squares = [torch.zeros_like(value, dtype=torch.float64) for value in values]
-        for v in directions(z.shape[1], count, probes, z.shape[1] <= probes, generator):
-            gradients = torch.autograd.grad(
-                z, values, v.to(z.device), retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            for total, gradient in zip(squares, gradients, strict=True):
-                total += gradient.double().square()
+    start = 0
+    for squares in squared_gradients(teacher, graph, names, samples, probes=probes, batch=batch, seed=seed):
+        count = min(batch, len(samples[0]) - start)
+        start += count
         for layer, square in zip(layers, squares, strict=True):
             by_channel = per_sample(square, count, layer.output_axis)
             traces[layer.output.name].append(by_channel.sum((1, 2)).cpu())
             attention[layer.output.name].append(by_channel.mean(2).amax(1).cpu())
     return tuple({name: torch.cat(parts) for name, parts in found.items()} for found in (traces, attention))  # type: ignore[return-value]
+
+
+def squared_gradients(
+    teacher: Mirror,
+    graph: gs.Graph,
+    names: Sequence[str],
+    samples: Sequence[Tensor],
+    *,
+    probes: int = PROBES,
+    batch: int = 32,
+    seed: int = 0,
+) -> Iterator[list[Tensor]]:
+    """Yield, batch by batch, sum over outputs of (d output / d element)**2 for the named values, shaped like them, float64.
+
+    Values that no input reaches (an expanded class token) have 0. Arguments as for `label_free_hessian`.
+    """
+    raw = pieces.raw_nodes(teacher)
+    targets = [raw[name] for name in learning_targets(graph)]
+    places = pieces.placeholders(teacher)
+    run = pieces.function(teacher, places, [*(raw[name] for name in names), *targets])
+    scales = _head_scales(pieces.function(teacher, places, targets), samples, batch)
+    generator = torch.Generator().manual_seed(seed)
+    for inputs in _batches(samples, batch):
+        count = len(inputs[0])
+        results = run(*[x.detach().requires_grad_(x.is_floating_point()) for x in inputs])
+        values, z = results[: len(names)], _together(results[len(names) :], scales, count)
+        squares = [torch.zeros_like(value, dtype=torch.float64) for value in values]
+        reached = [(value, total) for value, total in zip(values, squares, strict=True) if value.requires_grad]
+        for v in directions(z.shape[1], count, probes, z.shape[1] <= probes, generator) if reached else ():
+            gradients = torch.autograd.grad(
+                z,
+                [value for value, _ in reached],
+                v.to(z.device),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for (_, total), gradient in zip(reached, gradients, strict=True):
+                total += gradient.double().square()
+        yield squares
+
+
+def projected_gradients(
+    teacher: Mirror,
+    graph: gs.Graph,
+    constants: Sequence[Tensor],
+    samples: Sequence[Tensor],
+    *,
+    passes: int,
+    batch: int = 32,
+    seed: int = 0,
+) -> Iterator[Sequence[Tensor]]:
+    """Yield about `passes` random combinations v' J of the rows of the outputs' Jacobians with respect to the constants.
+
+    Each is shaped like its constant. The expected square of (v' J) d, summed over all that is yielded, is the sum over samples
+    of |J d|**2: vectors are Rademacher, independent per sample, so that samples do not mix.
+    """
+    raw = pieces.raw_nodes(teacher)
+    run = pieces.function(teacher, pieces.placeholders(teacher), [raw[name] for name in learning_targets(graph)])
+    scales = _head_scales(run, samples, batch)
+    generator = torch.Generator().manual_seed(seed)
+    batches = list(_batches(samples, batch))
+    each = max(1, -(-passes // len(batches)))
+    leaves = [tensor.requires_grad_(True) for tensor in constants]
+    try:
+        for inputs in batches:
+            count = len(inputs[0])
+            z = _together(run(*inputs), scales, count)
+            for v in directions(z.shape[1], count, each, False, generator):
+                yield torch.autograd.grad(
+                    z, leaves, v.to(z.device), retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+    finally:
+        for tensor in leaves:
+            tensor.requires_grad_(False)
 
 
 def weight_hessian(

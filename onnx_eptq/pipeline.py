@@ -22,17 +22,19 @@ import onnx_graphsurgeon as gs
 import torch
 
 import onnx_eptq
-from onnx_eptq import calibrate, checkpoint, compensate, eptq, hessian, mirror, verify
+from onnx_eptq import calibrate, checkpoint, compensate, eptq, hessian, mirror, resources, sensitivity, verify
 from onnx_eptq import data as sources
 from onnx_eptq import graph as graphs
 from onnx_eptq.config import Config
 from onnx_eptq.equalize import equalize
 from onnx_eptq.errors import CoverageError, DataError, ModelError, OutputError, UsageError, VerificationError
 from onnx_eptq.methods import EFFORTS, METHODS, Effort, Method
+from onnx_eptq.mixed import Mixed
 from onnx_eptq.plan import Layer, Plan, Rules, check_ops, check_plan, linear_layers, make_plan
 from onnx_eptq.prepare import add_biases, free_batch, prepare
 from onnx_eptq.report import Phases, Report, find_islands, measure_coverage
 from onnx_eptq.targets import TARGETS, Target
+from onnx_eptq.widths import DEFAULT_WEIGHT_WIDTHS, Asked, Group, candidates, with_widths
 from onnx_eptq.write import write
 
 WEIGHT_SAMPLES = 64  # samples on which weight scales compete; half of it for images of the size below and larger ones
@@ -47,6 +49,7 @@ LEARN_ELEMENTS = 8 * 3 * 224 * 224  # of a batch to learn from, unless one sampl
 STEP_COST, START_COST = 1.5, 4.0  # of a step, and of the closed-form start, per sample; unit: a run of the float model
 LEAST_SAMPLES = 32  # that layers are solved with, whatever the memory
 IMAGE_ELEMENTS = 3 * 224 * 224  # a sample of this size is run in batches of 32
+PARITY_TEXT = 128  # characters of the file's word on its verification: its size is known before it is verified
 Model: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | gs.Graph
 
 
@@ -71,6 +74,8 @@ class Job:
     batches: sources.Batches
     config: Config
     report: Report
+    groups: Sequence[Group] = ()  # quantizers whose widths are still to be chosen
+    is_even: bool = False  # channels have been evened out
 
 
 def quantize(
@@ -104,7 +109,12 @@ def quantize(
     """
     phases = phases or Phases()
     job = begin(model, data, output, config=config, plan=plan, strict=strict, phases=phases, **settings)
-    ready = calibrated(job, phases)
+    stats = None
+    if job.groups:
+        mixed, stats = explored(job, phases)
+        job.plan, job.report.allocation = mixed.choose(**job.config.budgets)
+        describe_plan(job)
+    ready = calibrated(job, phases, stats)
     saved = None if output is None else Path(f"{os.fspath(output)}.checkpoint")
     if job.config.method != "rtn":
         learned(job, ready, saved, resume, phases)
@@ -123,12 +133,17 @@ def begin(
     config: Config | None = None,
     plan: Plan | None = None,
     strict: bool = False,
+    explore: bool = False,
     phases: Phases | None = None,
     **settings: Any,
 ) -> Job:
-    """Check everything that can be checked before long work, and plan; arguments and errors as for `quantize`."""
+    """Check everything that can be checked before long work, and plan; arguments and errors as for `quantize`.
+
+    With `explore`, widths are to be chosen even if no budget is set.
+    """
     phases = phases or Phases()
     config = Config.make(**{**(config.model_dump() if config else {}), **settings})
+    mixes = check_budgets(config, plan, explore)
     target = choose_target(config)
     check_device(config)
     if config.threads:
@@ -144,10 +159,13 @@ def begin(
         check_runtime(source)
         if config.bias_correction:
             add_biases(graph)
-        if plan is None:
-            plan = make_plan(graph, target, Rules(config.weight_bits, config.act_bits, config.bits, config.keep_float))
-        else:
+        groups: Sequence[Group] = ()
+        if plan is not None:
             check_plan(graph, target, plan)
+        elif mixes:
+            plan, groups = candidates(graph, target, Rules(keep_float=config.keep_float), asked(config))
+        else:
+            plan = make_plan(graph, target, rules(config))
     coverage = measure_coverage(graph, plan)
     if strict and not coverage.complete:
         names = ", ".join(f"'{name}' ({reason})" for name, reason in coverage.float_layers.items())
@@ -156,13 +174,54 @@ def begin(
     label = str(model) if isinstance(model, str | os.PathLike) else graph.name or "model"
     report = Report(onnx_eptq.__version__, label, config.model_dump(mode="json", exclude_defaults=True), coverage)
     report.islands = find_islands(graph)
-    report.storage = {bits: target.storage[bits] for bits in coverage.layers_by_bits}
     report.output = None if output is None else str(output)
     report.preparation = {name: count for name, count in changes.items() if count}
     report.float_bytes = graphs.file_bytes(source) if isinstance(source, Path) else source.ByteSize()
-    job = Job(graph, source, plan, linear_layers(graph), target, batches, config, report)
+    job = Job(graph, source, plan, linear_layers(graph), target, batches, config, report, groups)
+    describe_plan(job)
     describe_data(job)
+    if groups:
+        unmeasured(job).check(**config.budgets)
     return job
+
+
+def describe_plan(job: Job) -> None:
+    """Put into the report what the plan quantizes, and how it is stored."""
+    job.report.coverage = measure_coverage(job.graph, job.plan)
+    job.report.storage = {bits: job.target.storage[bits] for bits in job.report.coverage.layers_by_bits}
+
+
+def check_budgets(config: Config, plan: Plan | None, explore: bool) -> bool:
+    """Whether widths are to be chosen; raises UsageError for settings that do not go together."""
+    choices = bool(config.weight_choices or config.act_choices) or any(
+        isinstance(widths, tuple) for widths in config.bits.values()
+    )
+    if plan is not None and (config.budgets or choices):
+        raise UsageError(
+            "the plan that is given says every width already; leave out the budgets and the widths to choose from"
+        )
+    if choices and not config.budgets and not explore:
+        raise UsageError(
+            "several widths need a budget to choose by: --compression, --max-weight-bytes, --max-size, "
+            "--max-activation-memory, --max-bops or --max-cost (`onnx-eptq sensitivity` shows what they would cost)"
+        )
+    if config.cost_table is not None and config.max_cost is None and not explore:
+        raise UsageError("--cost-table needs --max-cost, the sum of costs that is allowed")
+    return bool(config.budgets) or explore
+
+
+def asked(config: Config) -> Asked:
+    """The widths that may be chosen: weights have a default unless they were given a width; activations keep theirs."""
+    fixed = config.weight_bits != Config.model_fields["weight_bits"].default
+    weights = config.weight_choices or ((config.weight_bits,) if fixed else DEFAULT_WEIGHT_WIDTHS)
+    patterns = {name: widths if isinstance(widths, tuple) else (widths,) for name, widths in config.bits.items()}
+    return Asked(tuple(sorted(set(weights))), tuple(sorted(set(config.act_choices or (config.act_bits,)))), patterns)
+
+
+def rules(config: Config) -> Rules:
+    """What a plan without choices is made by."""
+    bits = {name: widths for name, widths in config.bits.items() if isinstance(widths, int)}
+    return Rules(config.weight_bits, config.act_bits, bits, config.keep_float)
 
 
 def choose_target(config: Config) -> Target:
@@ -294,6 +353,15 @@ def weight_samples(batches: sources.Batches) -> int:
     return min(wanted, batches.num_samples)
 
 
+def measuring_runs(job: Job) -> int:
+    """How many runs of the float model measuring sensitivities is worth."""
+    if not job.groups:
+        return 0
+    if job.config.sensitivity == "output":
+        return sum(len(group.widths) for group in job.groups)
+    return 2 * hessian.PROBES + 4 * max(len(group.widths) for group in job.groups)  # gradients, and rounding
+
+
 def estimate(job: Job) -> dict[str, float]:
     """Seconds and peak memory (MB) that the whole run will take, extrapolated from one batch."""
     teacher = mirror.build(job.graph).to(job.config.device)
@@ -302,14 +370,19 @@ def estimate(job: Job) -> dict[str, float]:
     calibrate.observe(teacher, job.plan, job.layers, [batch])
     spent = time.perf_counter() - start
     rounds = -(-job.batches.num_samples // job.batches.batch_size)
-    candidates = 2 + (len(calibrate.SHARES) if job.config.weight_bits < 7 else 0)
+    narrow = job.config.weight_bits < 7 or job.groups
+    candidates = 2 + (len(calibrate.SHARES) if narrow else 0)
     weights = candidates * weight_samples(job.batches) / job.batches.batch_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     model_mb = job.report.float_bytes / 2**20
     method, effort = METHODS[job.config.method], sized_effort(job)
     learning = learning_cost(method, effort) * spent / job.batches.batch_size if method.stages else 0.0
     held = 2 * job.config.cache_mb if method.stages else 0
-    return {"seconds": spent * (rounds + weights + 2) + learning + 1, "peak_mb": peak + 4 * model_mb + 60 + held}
+    measuring = weight_samples(job.batches) / job.batches.batch_size * measuring_runs(job)
+    return {
+        "seconds": spent * (rounds + weights + measuring + 2) + learning + 1,
+        "peak_mb": peak + 4 * model_mb + 60 + held,
+    }
 
 
 @dataclass
@@ -362,13 +435,17 @@ def make_teacher(job: Job) -> tuple[mirror.Mirror, Feed, gs.Graph]:
     return teacher, alone, job.graph
 
 
-def calibrated(job: Job, phases: Phases) -> Ready:
-    """Ranges from all samples, weight scales by their output error, biases corrected."""
+def observed(job: Job, teacher: mirror.Mirror, batches: Feed, phases: Phases) -> calibrate.Stats:
+    """Statistics of all samples, whatever the widths."""
+    return calibrate.observe(teacher, job.plan, job.layers, phases.over("calibrate", batches, len(batches)))
+
+
+def calibrated(job: Job, phases: Phases, stats: calibrate.Stats | None = None) -> Ready:
+    """Ranges from all samples (`stats`, when they are known), weight scales by their output error, biases corrected."""
     config = job.config
-    if config.equalize:
-        evened(job, phases)
+    evened(job, phases)
     teacher, batches, graph = make_teacher(job)
-    stats = calibrate.observe(teacher, job.plan, job.layers, phases.over("calibrate", batches, len(batches)))
+    stats = stats or observed(job, teacher, batches, phases)
     qparams = calibrate.calibrate(job.plan, stats, teacher, config.calibration, calibrate.views(job.graph))
     few = batches.subset(weight_samples(job.batches), config.seed)
     if "hmse" in (config.weight_calibration, METHODS[config.method].ranges):
@@ -395,11 +472,102 @@ def calibrated(job: Job, phases: Phases) -> Ready:
 
 
 def evened(job: Job, phases: Phases) -> None:
-    """Even out channels in the job's graph, and say where."""
+    """Even out channels in the job's graph, once and unless unwanted, and say where."""
+    if job.is_even or not job.config.equalize:
+        return
     few = Feed(job.batches).subset(EVEN_SAMPLES, job.config.seed)
     with phases("equalize"):
         teacher = mirror.build(job.graph).to(job.config.device)
         job.report.evened = equalize(job.graph, teacher, job.plan, job.layers, few)
+    job.is_even = True
+
+
+def unmeasured(job: Job) -> Mixed:
+    """What widths can be chosen from, without losses; enough to say what fits."""
+    config = job.config
+    teacher = mirror.build(job.graph).to(config.device)
+    counts = resources.elements(teacher, calibrate.feed(teacher, next(iter(job.batches))))
+    return Mixed(
+        job.graph,
+        job.plan,
+        job.groups,
+        job.target.storage,
+        counts,
+        metadata=lambda plan: metadata(replace(job.report, coverage=measure_coverage(job.graph, plan))),
+        opset=config.opset,
+        table=None if config.cost_table is None else resources.read_costs(config.cost_table),
+        solver_seconds=config.solver_seconds,
+        sensitivity=config.sensitivity,
+    )
+
+
+def explored(job: Job, phases: Phases) -> tuple[Mixed, calibrate.Stats | None]:
+    """Measure the loss of every width that may be chosen, or read what was measured before; and the statistics, if needed."""
+    evened(job, phases)
+    mixed, config = unmeasured(job), job.config
+    start = time.perf_counter()
+    folder = Path(config.sensitivity_cache) if config.sensitivity_cache else sensitivity.default_folder()
+    cache = sensitivity.Cache(folder, sensitivity_key(job))
+    missing = cache.missing(job.groups)
+    stats = None
+    if missing:
+        teacher, batches, graph = make_teacher(job)
+        stats = observed(job, teacher, batches, phases)
+        batch = max(1, min(32, LEARN_ELEMENTS // sample_elements(job.batches)))
+        if has_fixed_batch(job):
+            own = job.batches.batch_size
+            batch = own if graph is job.graph else max(1, batch // own) * own
+        setting = sensitivity.Setting(
+            graph,
+            job.plan,
+            linear_layers(graph),
+            teacher,
+            stats,
+            load_samples(teacher, batches.subset(weight_samples(job.batches), config.seed)),
+            batch,
+            config.seed,
+            config.cache_mb * 2**20,
+            config.calibration,
+            calibrate.views(job.graph),
+        )
+        measure = sensitivity.MEASURES[config.sensitivity]
+        for name, row in phases.over("sensitivity", measure(setting, missing), len(missing)):
+            cache.add(name, row)
+    mixed.losses = cache.losses
+    mixed.measure_seconds = time.perf_counter() - start
+    return mixed, stats
+
+
+def sensitivity_key(job: Job) -> str:
+    """What measured losses belong to: model, data, where quantizers sit, and how it is measured; not the widths."""
+    config = job.config
+    plan = with_widths(job.plan, {group.name: 8 for group in job.groups})
+    settings = {name: getattr(config, name) for name in ("sensitivity", "seed", "calibration", "bias_correction")}
+    parts: list[bytes | str] = [onnx_eptq.__version__, json.dumps(settings), plan.to_json()]
+    parts += [np.ascontiguousarray(layer.weight.values).tobytes() for layer in job.layers]
+    parts.append(job.source.read_bytes() if isinstance(job.source, Path) else job.source.SerializeToString())
+    for sample in job.batches.samples():
+        parts += [np.ascontiguousarray(array).tobytes() for array in sample.values()]
+    return sensitivity.fingerprint(parts)
+
+
+def explore(
+    model: Model, data: Any, *, config: Config | None = None, phases: Phases | None = None, **settings: Any
+) -> Mixed:
+    """Measure what every width of every quantizer would cost, to choose by: see `Mixed.front` and `Mixed.choose`.
+
+    Args:
+        model: as for `quantize`, as are all others.
+        data: calibration samples.
+        config: all settings at once.
+        phases: where progress is shown.
+        **settings: single settings; `weight_choices` and `act_choices` are the widths to look at.
+
+    Raises:
+        EptqError: as `quantize`.
+    """
+    phases = phases or Phases()
+    return explored(begin(model, data, config=config, explore=True, phases=phases, **settings), phases)[0]
 
 
 def load_samples(teacher: mirror.Mirror, batches: Feed) -> list[torch.Tensor]:
@@ -540,15 +708,17 @@ def _properties(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def metadata(report: Report) -> dict[str, str]:
-    """What the file says of itself."""
+    """What the file says of itself; as long before as after its verification."""
     parity = report.parity
-    assert parity is not None
+    verified = (
+        f"float kernels {parity.float_differences}/{parity.float_elements}, integer kernels "
+        f"{parity.integer_differences}/{parity.integer_elements}, onnxruntime {verify.RUNTIME}"
+        if parity
+        else ""
+    )
     return {
         "onnx_eptq.version": report.version,
         "onnx_eptq.settings": json.dumps(report.settings),
         "onnx_eptq.coverage": str(report.coverage),
-        "onnx_eptq.parity": (
-            f"float kernels {parity.float_differences}/{parity.float_elements}, integer kernels "
-            f"{parity.integer_differences}/{parity.integer_elements}, onnxruntime {verify.RUNTIME}"
-        ),
+        "onnx_eptq.parity": verified.ljust(PARITY_TEXT),
     }

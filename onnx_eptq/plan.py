@@ -516,6 +516,12 @@ class _Planner:
             self.plan.floats[name] = "its input stays float, and with an integer weight the runtime would round it"
         elif name not in self.plan:
             bits = self.bits(self.rules.weight_bits, layer.node.name, name)
+            taken = self.target.bits_of(layer.node.op)
+            if bits not in taken:
+                raise UsageError(
+                    f"target '{self.target.name}' takes {_spell(taken)} bits for {layer.node.op}, not {bits} "
+                    f"('{layer.node.name}')"
+                )
             self.plan[name] = QuantPoint(name, Grid(bits, True, layer.axis), "weight")
 
     def bias(self, layer: Layer) -> None:
@@ -635,9 +641,8 @@ def check_plan(graph: gs.Graph, target: Target, plan: Plan) -> None:
     layers = {layer.weight.name: layer for layer in linear_layers(graph)}
     place = {item.value: index for index, item in enumerate(walk(graph, plan)) if isinstance(item, QuantPoint)}
     for value, point in plan.items():
-        allowed: Sequence[int] = {"weight": target.weight_bits, "bias": (BIAS_BITS,)}.get(
-            point.role, target.activation_bits
-        )
+        stored = target.bits_of(layers[value].node.op) if value in layers else target.weight_bits
+        allowed: Sequence[int] = {"weight": stored, "bias": (BIAS_BITS,)}.get(point.role, target.activation_bits)
         axis = layers[value].axis if point.role == "weight" and value in layers else 0 if point.role == "bias" else None
         problem = None
         if value not in tensors or value not in place:

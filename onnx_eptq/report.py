@@ -6,7 +6,8 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,10 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from onnx_eptq import graph as graphs
 from onnx_eptq.eptq import Learning
 from onnx_eptq.equalize import Evened
+from onnx_eptq.mixed import Allocation
 from onnx_eptq.ops import op_name, op_of
 from onnx_eptq.plan import Plan, linear_layers
 from onnx_eptq.verify import Fidelity, Parity
 
+MAX_WIDTHS = 48  # that are spelled one by one; the JSON names their layers
 MAX_REASONS = 8  # lines of "kept float" in the text; the JSON holds all
 
 
@@ -110,6 +113,7 @@ class Report:
     fidelity: Fidelity | None = None
     learning: Learning | None = None
     estimate: dict[str, float] | None = None
+    allocation: Allocation | None = None
 
     def to_json(self) -> str:
         """All fields as JSON text."""
@@ -144,6 +148,7 @@ class Report:
         yield from (f"warning    {warning}" for warning in self.warnings[:4])
         if self.estimate:
             yield f"estimate   {self.estimate['seconds']:.0f} s, {self.estimate['peak_mb']:.0f} MB"
+        yield from self._allocated()
         yield from self._learned()
         if self.seconds:
             yield "time       " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
@@ -152,6 +157,21 @@ class Report:
         yield from self._verified()
         if self.output:
             yield f"written    {self.output}"
+
+    def _allocated(self) -> Iterator[str]:
+        found = self.allocation
+        if found is None:
+            return
+        yield f"widths     weights {spell_widths(found.weights)} (average {found.average_bits:.2f} bits)"
+        if found.activations:
+            yield f"           activations {spell_widths(found.activations)}"
+        for name, use in found.budgets.items():
+            yield f"budget     {name}: {use.used:,.10g} of {use.limit:,.10g} {use.unit}".rstrip()
+        said = "proven best" if found.optimal else "the best found in the time it had, not proven"
+        yield (
+            f"           expected loss {found.expected_loss:.4g} ({found.sensitivity}, {found.measure_seconds:.1f} s); "
+            f"{found.solver} {found.solve_seconds:.1f} s: {said}"
+        )
 
     def _learned(self) -> Iterator[str]:
         learning = self.learning
@@ -183,6 +203,14 @@ class Report:
             for name in list(fidelity.sqnr_db)[:6]:
                 agree = f", argmax agrees in {fidelity.agreement[name]} %" if name in fidelity.agreement else ""
                 yield f"fidelity   {name}: SQNR {fidelity.sqnr_db[name]} dB{agree} ({fidelity.samples} samples)"
+
+
+def spell_widths(widths: Mapping[str, int]) -> str:
+    """Widths in order, or how often each occurs where they are many or all the same."""
+    if len(widths) <= MAX_WIDTHS and len(set(widths.values())) > 1:
+        return " ".join(map(str, widths.values()))
+    counts = sorted(Counter(widths.values()).items())
+    return ", ".join(f"{count} x {bits} bit" for bits, count in counts)
 
 
 class Phases:

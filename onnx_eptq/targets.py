@@ -7,10 +7,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Target:
-    """One record; `storage` maps a weight width in bits to the form its integers are stored in (see `write.STORAGE`).
+    """One record.
 
-    `rounds_inputs` names the operators that the runtime computes on inputs of 8 bits when only their weights are quantized:
-    no simulation shows that, so such weights stay float.
+    Attributes:
+        name: What `--target` calls it.
+        description: What it is for.
+        storage: From a weight width in bits to the form its integers are stored in (see `write.STORAGE`).
+        activation_bits: Widths of activations it takes.
+        op_bits: Weight widths by ONNX operator, where it takes fewer than it stores (Conv: 4 and 8 only, say).
+        rounds_inputs: Operators that the runtime computes on inputs of 8 bits when only their weights are quantized: no
+            simulation shows that, so such weights stay float.
     """
 
     name: str
@@ -18,11 +24,16 @@ class Target:
     storage: dict[int, str] = field(default_factory=dict)
     activation_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     rounds_inputs: tuple[str, ...] = ()
+    op_bits: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def weight_bits(self) -> tuple[int, ...]:
         """Widths of weights that the target can store."""
         return tuple(self.storage)
+
+    def bits_of(self, op: str) -> tuple[int, ...]:
+        """Widths of the weights of one operator."""
+        return self.op_bits.get(op, self.weight_bits)
 
 
 TARGETS: dict[str, Target] = {

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+import torch
 
 from onnx_eptq import graph as graphs
-from onnx_eptq.grid import DTYPES, Grid, Quantized
+from onnx_eptq.grid import DTYPES, Grid, QParams, Quantized
 from onnx_eptq.plan import QuantPoint, walk
 from onnx_eptq.prepare import lower_opset
 
@@ -37,11 +39,16 @@ class Writer:
         self.tensors = graph.tensors()
         self.taken = set(self.tensors) | {node.name for node in graph.nodes}
         self.shared: dict[str, gs.Constant] = {}
+        self.readers: dict[str, set[str]] = {}  # of what is shared: the values it was asked for by
+        self.owners: dict[str, str] = {}  # of nodes and initializers: the value, or the key of what is shared
+        self.value = ""  # whose quantizer is being written
 
     def name(self, wanted: str) -> str:
         """A name nothing else has; long ones, which exporters make of whole paths, keep their end only."""
         short = wanted if len(wanted) <= NAME_LENGTH else wanted[-NAME_LENGTH:].lstrip("/_.")
-        return graphs.fresh(short, self.taken)
+        name = graphs.fresh(short, self.taken)
+        self.owners[name] = self.value
+        return name
 
     def constant(self, wanted: str, values: np.ndarray) -> gs.Constant:
         """A new initializer."""
@@ -50,8 +57,8 @@ class Writer:
     def common(self, key: str, values: np.ndarray) -> gs.Constant:
         """An initializer that all who ask for `key` share."""
         if key not in self.shared:
-            self.shared[key] = self.constant(key, values)
-        return self.shared[key]
+            self.share(key, self.constant(key, values))
+        return self.share(key)
 
     def zeros(self, dtype: str, shape: tuple[int, ...]) -> gs.Constant:
         """A shared zero point of all zeros."""
@@ -60,7 +67,15 @@ class Writer:
             return self.common(key, np.zeros(shape, dtype))
         if key not in self.shared:
             codes = np.zeros(shape, np.int8)
-            self.shared[key] = graphs.packed_constant(self.name(key), codes, DTYPES[dtype].onnx)
+            self.share(key, graphs.packed_constant(self.name(key), codes, DTYPES[dtype].onnx))
+        return self.share(key)
+
+    def share(self, key: str, constant: gs.Constant | None = None) -> gs.Constant:
+        """The initializer under that key, a new one when given; notes who asks."""
+        if constant is not None:
+            self.shared[key] = constant
+            self.owners[constant.name] = key
+        self.readers.setdefault(key, set()).add(self.value)
         return self.shared[key]
 
     def node(
@@ -168,7 +183,7 @@ def _unpacked(writer: Writer, name: str, codes: np.ndarray, bits: int, *, signed
     table = graphs.unpack(bytes(range(256)), bits, (256, 8 // bits), signed).astype(np.int8) * np.int8(step)
     packed = writer.constant(f"{name}_packed", np.frombuffer(graphs.pack(codes, bits), np.uint8))
     index = writer.node("Cast", f"{name}_index", [packed], to=DTYPES["int32"].onnx)
-    rows = writer.common(f"table_{bits}bit_{step}", table)
+    rows = writer.common(f"table_{'' if signed else 'u'}int{bits}_{step}", table)
     values = writer.node("Gather", f"{name}_values", [rows, index])
     padding = -codes.size % (8 // bits)
     if not padding:
@@ -204,9 +219,21 @@ def write(
     Raises:
         ModelError: a node or a storage form cannot be expressed in `opset`.
     """
+    return _written(graph, plan, quantized, storage_of, opset, metadata)[0]
+
+
+def _written(
+    graph: gs.Graph,
+    plan: Mapping[str, QuantPoint],
+    quantized: Mapping[str, Quantized],
+    storage_of: Mapping[int, str],
+    opset: int,
+    metadata: Mapping[str, str] | None,
+) -> tuple[onnx.ModelProto, Writer]:
     writer = Writer(graphs.copy(graph), plan, quantized)
     for item in list(walk(writer.graph, plan)):
         if isinstance(item, QuantPoint):
+            writer.value = item.value
             if item.role == "activation":
                 writer.activation(item)
             else:
@@ -215,7 +242,71 @@ def write(
         lower_opset(writer.graph, opset)
     model = graphs.to_model(writer.graph, ir_version=10 if opset >= 21 else 8, metadata=metadata)
     _forget_shapes(model)
-    return model
+    return model, writer
+
+
+@dataclass
+class Footprint:
+    """Where the bytes of a written file are.
+
+    Attributes:
+        total: Of the whole file.
+        own: Of the nodes and initializers of each planned value.
+        payload: Of the integers alone of each planned constant.
+        shared: Of initializers that several values share, by key.
+        readers: The values that share them.
+    """
+
+    total: int
+    own: dict[str, int]
+    payload: dict[str, int]
+    shared: dict[str, int]
+    readers: dict[str, set[str]]
+
+
+def footprint(
+    graph: gs.Graph,
+    plan: Mapping[str, QuantPoint],
+    storage_of: Mapping[int, str],
+    *,
+    opset: int = 21,
+    metadata: Mapping[str, str] | None = None,
+) -> Footprint:
+    """Write the file with zeros for integers, as large as with any others, and attribute its bytes; arguments as `write`'s."""
+    model, writer = _written(graph, plan, _zeros(graph, plan), storage_of, opset, metadata)
+    found = Footprint(graphs.model_bytes(model), dict.fromkeys(plan, 0), dict.fromkeys(plan, 0), {}, writer.readers)
+    items: list[onnx.NodeProto | onnx.TensorProto] = [*model.graph.node, *model.graph.initializer]
+    for item in items:
+        owner = writer.owners.get(item.name)
+        if owner is None:
+            continue
+        size = item.ByteSize()
+        size += 1 + _varint(size)  # the field's number and length stand before it
+        sizes = found.shared if owner in writer.readers else found.own
+        sizes[owner] = sizes.get(owner, 0) + size
+        if isinstance(item, onnx.TensorProto) and item.data_type in INTEGERS and owner in found.payload:
+            found.payload[owner] += len(item.raw_data)
+    return found
+
+
+INTEGERS = {dtype.onnx for dtype in DTYPES.values()}
+
+
+def _varint(number: int) -> int:
+    """Bytes of a protobuf length."""
+    return max(1, -(-number.bit_length() // 7))
+
+
+def _zeros(graph: gs.Graph, plan: Mapping[str, QuantPoint]) -> dict[str, Quantized]:
+    """Integers and parameters of the right shapes."""
+    tensors, found = graph.tensors(), {}
+    for value, point in plan.items():
+        shape = tensors[value].shape
+        channels = () if point.grid.axis is None else (int(shape[point.grid.axis]),)
+        qparams = QParams(torch.ones(channels), torch.zeros(channels, dtype=torch.int32))
+        codes = None if point.role == "activation" else torch.zeros(tuple(shape), dtype=torch.int32)
+        found[value] = Quantized(codes, qparams, point.grid)
+    return found
 
 
 def _forget_shapes(model: onnx.ModelProto) -> None:

@@ -1,5 +1,6 @@
 """The README's commands and examples do what it says."""
 
+import os
 import re
 import shlex
 import shutil
@@ -51,8 +52,31 @@ def test_the_second_command_is_what_ci_runs() -> None:
         assert part in script
 
 
+def test_the_commands_for_mixed_precision_run(checkout: Path) -> None:
+    for line in blocks("sh")[2].splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "onnx-eptq"
+        more = ["--sensitivity-cache", checkout / "cache", "--num-samples", "32"]
+        more += [] if arguments[0] == "sensitivity" else ["--method", "rtn"]
+        command = [sys.executable, "-m", "onnx_eptq.cli", *arguments, *more]
+        run = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+    assert (checkout / "digits_mixed.onnx").stat().st_size <= 60_000
+
+
+@pytest.mark.slow
+def test_the_example_of_mixed_precision_runs(checkout: Path) -> None:
+    example = blocks("python")[0]
+    home = {**os.environ, "XDG_CACHE_HOME": str(checkout / "cache")}
+    command = [sys.executable, "-c", example]
+    run = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False, env=home)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) >= 6
+    assert (checkout / "digits_mixed.onnx").exists()
+
+
 def test_the_python_example_runs(checkout: Path) -> None:
-    (example,) = blocks("python")
+    example = blocks("python")[1]
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
     run = subprocess.run([sys.executable, "-c", example], cwd=checkout, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -61,9 +85,9 @@ def test_the_python_example_runs(checkout: Path) -> None:
 
 
 def test_options_presets_storage_and_targets_exist() -> None:
-    text = subprocess.run(
-        [sys.executable, "-m", "onnx_eptq.cli", "--help"], capture_output=True, text=True, check=True
-    ).stdout
+    commands = [[], ["sensitivity"]]
+    helps = [[sys.executable, "-m", "onnx_eptq.cli", *words, "--help"] for words in commands]
+    text = "".join(subprocess.run(words, capture_output=True, text=True, check=True).stdout for words in helps)
     options = set(re.findall(r"`(--[a-z-]+)", TEXT)) - {"--help", "--beds"}
     assert len(options) > 10
     assert not [name for name in options if name not in text]

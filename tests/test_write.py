@@ -114,6 +114,16 @@ def test_cast_lut_and_int8_give_the_same_bits_at_every_level(name, bits):
         np.testing.assert_array_equal(values, basic[output])
 
 
+def test_layers_of_different_widths_share_no_table():
+    """Two-bit weights and the two low bits of three-bit ones unfold by tables of different signs."""
+    widths = {"w1": 3, "w2": 2, "w3": 4}
+    case = quantize(MODELS["residual"](), Rules(bits=widths))
+    written = write(case.graph, case.plan, case.quantized, dict.fromkeys(range(2, 9), "lut") | {8: "int8"})
+    for level in ("DISABLE_ALL", "ENABLE_ALL"):
+        for name in widths:
+            np.testing.assert_array_equal(codes_of(written, name, level), case.quantized[name].integers)
+
+
 # ---- the file as a whole
 
 

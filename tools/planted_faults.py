@@ -51,6 +51,27 @@ FAULTS = (
         ("write", "verify"),
     ),
     Fault(
+        "one table for two-bit weights and the low bits of three-bit ones",
+        "write.py",
+        "f\"table_{'' if signed else 'u'}int{bits}_{step}\"",
+        'f"table_int{bits}_{step}"',
+        ("write",),
+    ),
+    Fault(
+        "shared tables counted for every layer",
+        "resources.py",
+        "    file = Amount(single=own, shared=kept)\n",
+        "    file = Amount(single=own)\n",
+        ("resources",),
+    ),
+    Fault(
+        "a budget for products of widths that is not bound to the widths",
+        "allocate.py",
+        "                self.problem += pulp.lpSum(table[i, j] for j in b) == self.x[pair[0], i]\n",
+        "                pass\n",
+        ("allocate",),
+    ),
+    Fault(
         "no quantizer behind Add in the plan",
         "plan.py",
         "if not is_float(tensor) or self.fused(tensor):",

@@ -1,10 +1,12 @@
 """Quantize every bed with onnx-eptq, score the written files, and print one Markdown table.
 
-score_beds.py [--beds FOLDER] [--widths w8a8,w4a8] [--only BED,...] [--static] [--latency] [--limit N] [--json FILE]
+score_beds.py [--beds FOLDER] [--widths w8a8,w4a8] [--compressions 10.667,8] [--only BED,...] [--static] [--latency]
+              [--limit N] [--json FILE]
 
 A folder of beds holds `beds.json` (per bed: model, data folder, preprocessing) and `score.py BED MODEL`, which prints
 accuracy as JSON. `--static` adds ONNX Runtime's `quantize_static` at the same widths; `--latency` times each file
-against `quantize_static`'s int8 file, in turns, in one process.
+against `quantize_static`'s int8 file, in turns, in one process. `--compressions` adds mixed precision: 32 / 3 is as many bytes
+of weights as 3 bits everywhere.
 """
 
 import argparse
@@ -100,6 +102,7 @@ class Bench:
     def rows(self, bed: Bed) -> list[Row]:
         """One row per width and tool."""
         rows = [self.ours(bed, widths) for widths in self.options.widths]
+        rows += [self.mixed(bed, ratio) for ratio in self.options.compressions]
         rows += [self.static(bed, widths) for widths in self.options.widths if self.options.static]
         if self.options.latency:
             self.time(bed, rows)
@@ -111,6 +114,20 @@ class Bench:
         flags += [f"--target={self.options.target}", f"--threads={self.options.threads}", *bed.flags()]
         command = eptq_command(bed.model, bed.calibration(), out, [*flags, *self.options.eptq_flag])
         return self.scored(bed, widths, "onnx-eptq", command, out)
+
+    def mixed(self, bed: Bed, ratio: float) -> Row:
+        out = self.options.keep / f"{bed.name}_x{ratio:g}.onnx"
+        flags = [
+            f"--compression={ratio}",
+            f"--method={self.options.method}",
+            f"--target={self.options.target}",
+            "--json",
+        ]
+        flags += [f"--threads={self.options.threads}", *bed.flags(), *self.options.eptq_flag]
+        row = self.scored(bed, (8, 8), "onnx-eptq", eptq_command(bed.model, bed.calibration(), out, flags), out)
+        meant_for_one_width = ("size_ratio", "size_ratio_written", "low_bit_share")
+        row = {key: value for key, value in row.items() if key not in meant_for_one_width}
+        return row | {"widths": f"x{ratio:g}"}
 
     def static(self, bed: Bed, widths: tuple[int, int]) -> Row:
         out = self.options.keep / f"{bed.name}_w{widths[0]}a{widths[1]}_static.onnx"
@@ -203,6 +220,10 @@ def _widths(text: str) -> list[tuple[int, int]]:
     return [(int(match[1]), int(match[2])) for match in found if match]
 
 
+def _ratios(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
 def shown(row: Row) -> list[object]:
     """The row's cells in the order of `COLUMNS`."""
     cells = dict(row)
@@ -216,6 +237,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--beds", type=Path, default=os.environ.get("ONNX_EPTQ_BEDS"), help="default: $ONNX_EPTQ_BEDS")
     parser.add_argument("--widths", type=_widths, default="w8a8,w4a8")
+    parser.add_argument("--compressions", type=_ratios, default=[], help="mixed precision at these ratios to float32")
     parser.add_argument("--only", help="names of beds, separated by commas")
     parser.add_argument("--method", default="rtn")
     parser.add_argument("--target", default="onnxruntime")
