@@ -419,6 +419,8 @@ class _Planner:
         neighbours = list(tensor.inputs) + list(tensor.outputs)
         if neighbours and all(id(node) in self.region for node in neighbours):
             return self.region[id(neighbours[0])]
+        if tensor.inputs and _is_single(tensor.inputs[0]):
+            return "a Softmax of single elements, which integer kernels compute as 0"
         if tensor.outputs and id(tensor) not in self.outputs and all(role_of(n) == "untouched" for n in tensor.outputs):
             return f"read by {tensor.outputs[0].op} only"
         return None
@@ -553,6 +555,13 @@ class _Planner:
                 self.activation(tensor)
             self.join(node)
         return self.plan
+
+
+def _is_single(node: gs.Node) -> bool:
+    """Whether the node shares 1 out among the elements of an axis that has one: always 1, but 0 in ONNX Runtime's kernel."""
+    op, shape = op_of(node), node.outputs[0].shape
+    shares = op.decides and op.bounds == (0.0, 1.0)
+    return shares and shape is not None and bool(shape) and shape[int(node.attrs.get("axis", -1))] == 1
 
 
 def _only_moves(node: gs.Node) -> bool:

@@ -323,6 +323,23 @@ def test_volumes() -> None:
     assert axes == [0, 1, 0]
 
 
+def test_attention_to_a_single_token_is_not_lost() -> None:
+    """ONNX Runtime's integer Softmax of one element is 0, not 1."""
+    draw = weights(2)
+    proto = parse(
+        """(float[N,1,8] x) => (float[N,1,8] y) {
+          q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv) t = Transpose <perm=[0,2,1]> (k)
+          s = MatMul(q, t) p = Softmax <axis=-1> (s) y = MatMul(p, v)
+        }""",
+        **{name: draw(8, 8, fan=8) for name in ("wq", "wk", "wv")},
+    )
+    data = {"x": np.random.default_rng(0).normal(size=(32, 1, 8)).astype(np.float32)}
+    result = pipeline.quantize(proto, data, method="rtn", weight_bits=8, threads=1)
+    assert result.report.fidelity is not None
+    assert result.report.fidelity.sqnr_db["y"] > 28
+    assert "p" in result.plan.floats
+
+
 def detector() -> onnx.ModelProto:
     """Two heads, boxes decoded by Exp, the best scores by TopK, overlapping boxes removed."""
     draw = weights(2)
