@@ -39,7 +39,7 @@ def sensitivities(mixed: Mixed) -> Table:
 def front(points: Sequence[Point]) -> Table:
     """The Pareto front: sizes, bits, loss; the bars are logarithmic."""
     table = Table(
-        "weights", "file", "average", "expected loss", "", "bits of the layers", title="size against expected loss"
+        "file", "weights", "average", "expected loss", "", "bits of the layers", title="size against expected loss"
     )
     for column in table.columns[:3]:
         column.justify = "right"

@@ -252,6 +252,7 @@ def test_command_line_shows_the_front(tmp_path: Path, folder: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "stem.0.weight" in run.stdout
     assert "size against expected loss" in run.stdout
+    assert re.search(r"file\W+weights\W+average", run.stdout)
     run = cli("sensitivity", DIGITS, CALIB, *options, "--json", "-q", "--max-size", "75000")
     found = json.loads(run.stdout)
     assert len(found["front"]) >= 3
