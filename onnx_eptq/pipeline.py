@@ -36,6 +36,7 @@ from onnx_eptq.widths import DEFAULT_WEIGHT_WIDTHS, Asked, Group, candidates, wi
 from onnx_eptq.write import write
 
 WEIGHT_SAMPLES = 64  # samples on which weight scales compete; half of it for images of the size below and larger ones
+FIT_SAMPLES = 256  # by which weights are rounded when sensitivities are measured
 FIDELITY_SAMPLES = 256
 PARITY_SAMPLES = 8
 LOW_SQNR = 6.0  # dB; below, outputs differ from the float model's by half their size
@@ -498,13 +499,15 @@ def explored(job: Job, phases: Phases) -> tuple[Mixed, calibrate.Stats | None]:
         if has_fixed_batch(job):
             own = job.batches.batch_size
             batch = own if graph is job.graph else max(1, batch // own) * own
+        judged = weight_samples(job.batches)
+        some = batches.subset(min(job.batches.num_samples, judged + FIT_SAMPLES), config.seed)
         setting = sensitivity.Setting(
             graph,
             job.plan,
             linear_layers(graph),
             teacher,
             stats,
-            load_samples(teacher, batches.subset(weight_samples(job.batches), config.seed)),
+            *sensitivity.parted(load_samples(teacher, some), judged),
             batch,
             config.seed,
             config.cache_mb * 2**20,
