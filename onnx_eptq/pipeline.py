@@ -39,6 +39,7 @@ from onnx_eptq.write import write
 
 WEIGHT_SAMPLES = 64  # samples on which weight scales compete; half of it for images of the size below and larger ones
 EVEN_SAMPLES = 16  # samples on which factors between channels are chosen
+FIT_SAMPLES = 256  # by which weights are rounded when sensitivities are measured
 FIDELITY_SAMPLES = 256
 PARITY_SAMPLES = 8
 OTHER_NUMBERS = 3.0  # dB above the whole error: half of it is then the runtime's own
@@ -517,13 +518,15 @@ def explored(job: Job, phases: Phases) -> tuple[Mixed, calibrate.Stats | None]:
         if has_fixed_batch(job):
             own = job.batches.batch_size
             batch = own if graph is job.graph else max(1, batch // own) * own
+        judged = weight_samples(job.batches)
+        some = batches.subset(min(job.batches.num_samples, judged + FIT_SAMPLES), config.seed)
         setting = sensitivity.Setting(
             graph,
             job.plan,
             linear_layers(graph),
             teacher,
             stats,
-            load_samples(teacher, batches.subset(weight_samples(job.batches), config.seed)),
+            *sensitivity.parted(load_samples(teacher, some), judged),
             batch,
             config.seed,
             config.cache_mb * 2**20,

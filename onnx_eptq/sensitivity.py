@@ -42,7 +42,11 @@ Row = tuple[str, dict[int, float]]
 
 @dataclass
 class Setting:
-    """What measuring reads; `stats` knows nothing of widths, `samples` holds one tensor per network input."""
+    """What measuring reads.
+
+    `stats` knows nothing of widths. Losses are measured on `samples` (one tensor per network input), and weights are rounded by
+    what they do on `fitting`: on samples that they were rounded by, layers of few positions and many inputs look too good.
+    """
 
     graph: gs.Graph
     plan: Plan
@@ -50,16 +54,17 @@ class Setting:
     teacher: Mirror
     stats: Stats
     samples: Sequence[Tensor]
+    fitting: Sequence[Tensor]
     batch: int = 32
     seed: int = 0
     cache_bytes: int = 2**30
     calibration: str = "mse"
     views: Mapping[str, View] = field(default_factory=dict)
 
-    def batches(self) -> Iterator[list[Tensor]]:
+    def batches(self, samples: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """The samples, `batch` at a time."""
-        for start in range(0, len(self.samples[0]), self.batch):
-            yield [x[start : start + self.batch] for x in self.samples]
+        for start in range(0, len(samples[0]), self.batch):
+            yield [x[start : start + self.batch] for x in samples]
 
 
 Measure = Callable[[Setting, Sequence[Group]], Iterator[Row]]
@@ -207,7 +212,7 @@ def _output_power(setting: Setting) -> float:
         total += float(x.double().square().sum()) if value == targets[0] else 0.0
         return x
 
-    for inputs in setting.batches():
+    for inputs in setting.batches(setting.samples):
         Probe(setting.teacher, see).run(*inputs)
     return max(total / len(setting.samples[0]), 1e-30)
 
@@ -276,11 +281,11 @@ def _gathered(setting: Setting, layers: Sequence[Layer]) -> dict[str, Moments]:
             name = layer.weight.name
             weight = setting.teacher.constant(name)
             pair = [(x, apply_linear(layer, x, weight))]
-            found = compensate.gather(layer, pair, weight, len(setting.samples[0]))
+            found = compensate.gather(layer, pair, weight, len(setting.fitting[0]))
             moments[name] = _sum(moments[name], found) if name in moments else found
         return x
 
-    for inputs in setting.batches():
+    for inputs in setting.batches(setting.fitting):
         Probe(setting.teacher, see).run(*inputs)
     return moments
 
@@ -375,6 +380,13 @@ class Cache:
         except OSError as error:
             log.warning("sensitivities are not kept: %s cannot be written (%s)", self.path, error.strerror)
             self.path = None
+
+
+def parted(samples: Sequence[Tensor], judged: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The samples to measure on and those to round by; with too few for both, all serve for both."""
+    if len(samples[0]) < 2 * judged:
+        return list(samples), list(samples)
+    return [x[:judged] for x in samples], [x[judged:] for x in samples]
 
 
 def default_folder() -> Path:

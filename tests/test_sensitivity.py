@@ -24,7 +24,9 @@ def setting(case, count=48, **options):
     plan, groups = candidates(case.graph, ORT_TARGET, Rules(), ASKED)
     batch = case.proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 16
     samples = samples_of(case, count)
-    found = Setting(case.graph, plan, case.layers, case.teacher, case.stats, samples, batch, views=views(case.graph))
+    found = Setting(
+        case.graph, plan, case.layers, case.teacher, case.stats, samples, samples, batch, views=views(case.graph)
+    )
     return replace(found, **options), groups
 
 
@@ -194,6 +196,27 @@ def test_a_folder_that_cannot_be_written_is_done_without(tmp_path, caplog):
         cache.add("w1", {4: 0.2})
     assert caplog.text.count("cannot be written") == 1
     assert cache.losses == {"w1": {2: 0.5, 4: 0.2}}
+
+
+def test_samples_are_parted_where_there_are_enough():
+    many, few = [torch.arange(100)], [torch.arange(30)]
+    judged, fitting = sensitivity.parted(many, 32)
+    assert (len(judged[0]), len(fitting[0])) == (32, 68)
+    assert not set(judged[0].tolist()) & set(fitting[0].tolist())
+    assert [len(part[0]) for part in sensitivity.parted(few, 32)] == [30, 30]
+
+
+def test_a_layer_of_more_inputs_than_samples_does_not_look_good_by_its_own_samples():
+    w = weights(42)
+    found = models.quantize(
+        parse("(float[N,96] x) => (float[N,8] y) { y = Gemm <transB=1> (x, w, b) }", w=w(8, 96), b=w(8))
+    )
+    problem, groups = setting(found, count=96)
+    weight = [replace(group, widths=(2,)) for group in groups if group.role == "weight"]
+    judged, fitting = sensitivity.parted(problem.samples, 48)
+    ((_, own),) = MEASURES["local"](replace(problem, samples=fitting, fitting=fitting), weight)
+    ((_, other),) = MEASURES["local"](replace(problem, samples=judged, fitting=fitting), weight)
+    assert other[2] > 2 * own[2]
 
 
 def test_keys_tell_parts_apart():
