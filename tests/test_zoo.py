@@ -110,7 +110,15 @@ def test_a_file_is_scored_once(tmp_path):
     facts["inputs"] = [{"name": "x", "kind": "images", "shape": [3, 16, 16]}]
     (tmp_path / name).with_suffix(".json").write_text(json.dumps(facts))
     out = tmp_path / "rows.jsonl"
-    flags = [f"--zoo={tmp_path}", "--only=unet", "--steps=20", "--batch=4", "--threads=1", f"--out={out}"]
+    flags = [
+        f"--zoo={tmp_path}",
+        "--only=unet",
+        "--steps=20",
+        "--learn=all",
+        "--batch=4",
+        "--threads=1",
+        f"--out={out}",
+    ]
     printed = run("score_zoo.py", *flags)
     (header, line) = cells(printed)
     assert (line[0], line[1], line[3], line[-1]) == ("unet", "torchscript 17", "100", "")
