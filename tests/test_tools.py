@@ -370,11 +370,11 @@ def test_cifar_notices_a_file_that_is_not_the_network(tmp_path):
 def test_cifar_models_learn(tmp_path, capsys, model):
     """Colours are learned in a few steps, and 8-bit weights keep what was learned."""
     method = ("--method=eptq", "--effort=fast") if model == "mixer" else ("--method=rtn",)
-    rate = ("--lr=0.02",) if model in ("regnetx", "mnasnet") else ()  # batches are small here
-    flags = ("--steps=40", "--calibration=64", "--quantize=8,2", *rate, *method)
+    flags = ("--steps=40", "--calibration=32", "--quantize=8,2", *method)
     found, out = trained(tmp_path, capsys, model, *flags)
-    assert float(found["float top-1 %"]) > 60
-    assert float(found["W8A8 top-1 %"]) > float(found["float top-1 %"]) - 10
+    assert float(found["float top-1 %"]) > 30  # 10 by chance, with a deviation of 4
+    # images of a class are alike, so that a narrow decision turns 10 % at once
+    assert float(found["W8A8 top-1 %"]) >= float(found["float top-1 %"]) - 20
     assert {path.name for path in out.iterdir()} == {
         "calibration.npy",
         *(f"{model}{end}.onnx" for end in ("", "_w8", "_w2")),
