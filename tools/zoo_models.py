@@ -2,10 +2,10 @@
 
 import itertools
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cifar_models import unit
 from export_zoo import CLASSES, torchvision
 from torch import Tensor, nn
 
@@ -23,12 +23,6 @@ class DeepLabV3(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.net(image)["out"]
-
-
-def unit(inputs: int, outputs: int, kernel: int = 1, activation: Any = nn.ReLU, **settings: Any) -> nn.Sequential:
-    """Convolution, BatchNormalization, activation."""
-    settings = {"padding": kernel // 2 * settings.get("dilation", 1), "bias": False, **settings}
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, **settings), nn.BatchNorm2d(outputs), activation())
 
 
 class DeepLabV3Plus(nn.Module):
