@@ -506,7 +506,7 @@ class Learner:
         self.learning = Learning(targets=hessian.learning_targets(problem.graph))
         samples, held = split(problem.samples, problem.seed, problem.multiple)
         problem.samples = with_views(samples, count_views(samples, problem.views, problem.cache_bytes), problem.seed)
-        self.judge = Judge(problem.teacher, self.learning.targets, held, problem.together)
+        self.judge = Judge(problem.teacher, hessian.judged_targets(problem.graph), held, problem.together)
         self.best: Tensors = {}
         self.stage = self.piece = self.step = 0
         self.running: _Piece | None = None

@@ -20,7 +20,7 @@ from onnx_eptq import pieces
 from onnx_eptq.calibrate import weight_mse
 from onnx_eptq.grid import QParams
 from onnx_eptq.mirror import Mirror
-from onnx_eptq.ops import op_of
+from onnx_eptq.ops import Op, op_of
 from onnx_eptq.plan import Layer, Plan, is_constant, is_float, role_of
 
 PROBES = 16  # Rademacher vectors: about 10 % error, which no use of the scores notices
@@ -33,30 +33,38 @@ def learning_targets(graph: gs.Graph) -> list[str]:
     Behind them gradients vanish or end: a final Softmax, Sigmoid, ArgMax, TopK, NonMaxSuppression or detection decode is cut
     off (`Op.squashes`).
     """
-    found: dict[str, None] = {}
-    for tensor in graph.outputs:
-        for name in _before_squashing(tensor):
-            found[name] = None
-    return list(found)
+    return _ends(graph, lambda op: op.squashes)
+
+
+def judged_targets(graph: gs.Graph) -> list[str]:
+    """The float values that students are judged by: as `learning_targets`, but behind a final Sigmoid, not before it.
+
+    Distances need no gradient, and where most scores are near 0 (objects of a detector) it is the others that count.
+    """
+    return _ends(graph, lambda op: op.squashes and not op.unary)
+
+
+def _ends(graph: gs.Graph, squashes: Callable[[Op], bool]) -> list[str]:
+    return list(dict.fromkeys(name for tensor in graph.outputs for name in _before_squashing(tensor, squashes)))
 
 
 def _activations(node: gs.Node) -> list[gs.Tensor]:
     return [tensor for tensor in graphs.variables_read(node) if not is_constant(tensor)]
 
 
-def _squashed(tensor: gs.Tensor, known: dict[str, bool]) -> bool:
+def _squashed(tensor: gs.Tensor, known: dict[str, bool], squashes: Callable[[Op], bool]) -> bool:
     """Whether an operator that squashes lies between the last linear operators and this value."""
     if tensor.name not in known:
         known[tensor.name] = any(
-            op_of(node).squashes
+            squashes(op_of(node))
             or not is_float(tensor)
-            or (role_of(node) != "linear" and any(_squashed(source, known) for source in _activations(node)))
+            or (role_of(node) != "linear" and any(_squashed(source, known, squashes) for source in _activations(node)))
             for node in tensor.inputs
         )
     return known[tensor.name]
 
 
-def _before_squashing(tensor: gs.Tensor) -> Iterator[str]:
+def _before_squashing(tensor: gs.Tensor, squashes: Callable[[Op], bool]) -> Iterator[str]:
     known: dict[str, bool] = {}
     stack, seen = [tensor], set()
     while stack:
@@ -64,7 +72,7 @@ def _before_squashing(tensor: gs.Tensor) -> Iterator[str]:
         if value.name in seen or is_constant(value):
             continue
         seen.add(value.name)
-        if not _squashed(value, known):
+        if not _squashed(value, known, squashes):
             if is_float(value) and value.inputs:
                 yield value.name
             continue

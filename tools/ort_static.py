@@ -4,6 +4,7 @@ ort_static.py MODEL CALIB -o OUT [--weights int8|int4] [--feed image|batch|all] 
 """
 
 import argparse
+import contextlib
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -64,7 +65,8 @@ def prepared(options: argparse.Namespace, folder: Path) -> Path:
         model = folder / "opset13.onnx"
         onnx.save(converted, model)
     if options.pre_process:
-        quant_pre_process(str(model), str(folder / "prepared.onnx"))
+        with contextlib.chdir(folder):  # it leaves files where it fails
+            quant_pre_process(str(Path(model).resolve()), str(folder / "prepared.onnx"))
         model = folder / "prepared.onnx"
     return Path(model)
 

@@ -10,6 +10,7 @@ held-out samples, seconds per step and peak memory, in a process of its own. Wha
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -175,10 +176,12 @@ def static(path: Path, threads: int) -> dict[str, Any]:
     limit_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         prepared, output = Path(folder) / "prepared.onnx", Path(folder) / "q.onnx"
-        try:
-            quant_pre_process(str(path), str(prepared))
-        except Exception:  # its symbolic shape inference does not know every graph
-            quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+        source = str(path.resolve())
+        with contextlib.chdir(folder):  # where it fails, it leaves files
+            try:
+                quant_pre_process(source, str(prepared))
+            except Exception:  # its symbolic shape inference does not know every graph
+                quant_pre_process(source, str(prepared), skip_symbolic_shape=True)
         quantize_static(
             str(prepared),
             str(output),
