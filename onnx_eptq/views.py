@@ -48,7 +48,8 @@ def with_views(samples: Sequence[Tensor], views: int, seed: int) -> list[Tensor]
     first = images.movedim(axis, 1)
     generator = torch.Generator().manual_seed(seed)
     # Views are laid out in memory as the samples are: another order of axes would cost every step a copy.
-    out = torch.empty_like(first).repeat(views, 1, 1, 1).contiguous(memory_format=_layout(first))
+    shape, layout = (views * len(first), *first.shape[1:]), _layout(first)
+    out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout)
     out[: len(first)] = first
     for place in range(len(first), len(out)):
         image = first[place % len(first)]
