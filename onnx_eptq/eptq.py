@@ -505,6 +505,7 @@ class Learner:
         self.problem, self.student, self.saved, self.resume = problem, student, saved, resume
         self.learning = Learning(targets=hessian.learning_targets(problem.graph))
         samples, held = split(problem.samples, problem.seed, problem.multiple)
+        self.images = len(samples[0])  # views come behind them; the closed-form start needs samples as they really are
         problem.samples = with_views(samples, count_views(samples, problem.views, problem.cache_bytes), problem.seed)
         self.judge = Judge(problem.teacher, hessian.judged_targets(problem.graph), held, problem.together)
         self.best: Tensors = {}
@@ -555,7 +556,7 @@ class Learner:
         elif problem.method.start == "compensated":
             batch = problem.together
             few = max(1, problem.effort.samples // batch) * batch
-            chosen = [x[:few] for x in problem.samples]
+            chosen = [x[: self.images][:few] for x in problem.samples]
             batches = [[x[i : i + batch] for x in chosen] for i in range(0, len(chosen[0]), batch)]
             compensate(student, problem.teacher, problem.plan, problem.layers, batches)
             fit_biases(student, problem.plan)

@@ -15,8 +15,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+import models
 import onnx_eptq
-from onnx_eptq import Config, verify
+from onnx_eptq import Config, pipeline, verify
 from onnx_eptq import graph as graphs
 from onnx_eptq.errors import (
     CoverageError,
@@ -28,6 +29,7 @@ from onnx_eptq.errors import (
     VerificationError,
 )
 from onnx_eptq.plan import Plan
+from onnx_eptq.targets import TARGETS
 
 MODELS = Path(__file__).parents[1] / "models"
 DIGITS, CALIB = MODELS / "digits.onnx", MODELS / "digits_calib"
@@ -387,3 +389,18 @@ def test_random_data_must_be_asked_for(tmp_path: Path) -> None:
     result = quantize(DIGITS, None, num_samples=16, threads=1, random_calibration=True)
     assert "random" in result.report.data
     assert any("only 16 calibration samples" in warning for warning in result.report.warnings)
+
+
+def test_a_runtime_with_numbers_of_its_own_is_warned_about():
+    """ONNX Runtime rounds the inputs of a product whose weights alone are integers (MatMulNBits)."""
+    proto = models.MODELS["spectrogram"]()
+    feeds = models.feeds(proto, batch=16)
+    data = {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
+    found = {target: onnx_eptq.quantize(proto, data, target=target, method="rtn", threads=1) for target in TARGETS}
+    noise = {target: result.report.parity.optimized_db["logits"] for target, result in found.items()}
+    assert noise["onnxruntime"] > noise["onnx"] + 10
+    parity = replace(found["onnx"].report.parity, optimized_db={"logits": 20.0})
+    for decibel, warned in ((10.0, False), (19.0, True), (30.0, True)):
+        fidelity = replace(found["onnx"].report.fidelity, sqnr_db={"logits": decibel})
+        assert bool(pipeline.other_numbers(parity, fidelity)) == warned
+    assert pipeline.other_numbers(parity, replace(found["onnx"].report.fidelity, sqnr_db={})) == []
