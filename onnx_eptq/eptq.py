@@ -40,6 +40,11 @@ from onnx_eptq.rounding import (
 from onnx_eptq.views import count_views, with_views
 
 HELD_SHARE, HELD_MOST, HELD_LEAST = 8, 128, 8  # one sample in eight is held out to judge by, within these bounds
+HELD_ENOUGH, HELD_FEW = (
+    64,
+    4,
+)  # and up to one in four while that makes fewer than 64: fewer cannot tell candidates apart
+STARTS = ("rtn", "compensated")
 CHECKS = 8  # times per network-wide stage that the held-out samples are looked at
 CURVE = 50  # points of a recorded loss curve
 INTERVAL = 20.0  # seconds between checkpoints: what a killed run loses at most
@@ -105,14 +110,35 @@ class Judge:
         parts = [run(*[x[i : i + self.batch] for x in self.samples]) for i in range(0, count, self.batch)]
         return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
-    def distance(self, student: Mirror) -> float:
-        """0 when the student's outputs are the teacher's; infinite when they are no numbers."""
-        total = 0.0
+    def losses(self, student: Mirror) -> Tensor:
+        """What each sample adds to the distance; [samples], float64."""
+        total = torch.zeros(len(self.samples[0]), dtype=torch.float64)
         for expected, found in zip(self.expected, self._outputs(student), strict=True):
-            total += float((expected - found).square().mean() / expected.square().mean().clamp(min=1e-20))
+            error = (expected - found).square()
+            rows = error.reshape(len(total), -1) if error.numel() % len(total) == 0 else error.flatten()
+            total += (rows.mean(-1) / expected.square().mean().clamp(min=1e-20)).cpu()
             if is_distribution(expected):
-                total += float(divergence(found, expected))
-        return total if math.isfinite(total) else math.inf
+                total += divergence(found, expected, "none").sum(1).cpu()
+        return total
+
+    def distance(self, student: Mirror) -> float:
+        """Mean over the samples: 0 when the student's outputs are the teacher's; infinite when they are no numbers."""
+        return mean(self.losses(student))
+
+
+def mean(losses: Tensor) -> float:
+    """Mean of the samples' losses, infinite when they are no numbers."""
+    found = float(losses.mean())
+    return found if math.isfinite(found) else math.inf
+
+
+def gain(losses: Tensor, kept: Tensor, errors: float = 0.0) -> float:
+    """By how much a candidate's mean loss is below the kept one's, less so many standard errors of that difference."""
+    found, other = mean(losses), mean(kept)
+    if math.isinf(found) or math.isinf(other):
+        return -1.0 if math.isinf(found) else 1.0
+    spread = float((kept - losses).std()) / len(kept) ** 0.5 if len(kept) > 1 else 0.0
+    return other - found - errors * spread
 
 
 def is_distribution(z: Tensor) -> bool:
@@ -120,20 +146,21 @@ def is_distribution(z: Tensor) -> bool:
     return z.ndim >= 2 and z.shape[1] > 1 and z[0].numel() == z.shape[1]
 
 
-def divergence(found: Tensor, expected: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of softmax(found) from softmax(expected), mean over samples."""
+def divergence(found: Tensor, expected: Tensor, reduction: str = "batchmean") -> Tensor:
+    """Kullback-Leibler divergence of softmax(found) from softmax(expected): mean over samples, or its terms ("none")."""
     return F.kl_div(
         F.log_softmax(found.flatten(1), 1),
         F.log_softmax(expected.flatten(1), 1),
         log_target=True,
-        reduction="batchmean",
+        reduction=reduction,
     )
 
 
 def split(samples: Sequence[Tensor], seed: int, multiple: int = 1) -> tuple[list[Tensor], list[Tensor]]:
     """Samples to learn from and samples to judge by, multiples of `multiple`; with very few samples, both are all of them."""
     count = len(samples[0]) // multiple * multiple
-    held = -(-min(max(count // HELD_SHARE, HELD_LEAST), HELD_MOST) // multiple) * multiple
+    wanted = max(count // HELD_SHARE, min(count // HELD_FEW, HELD_ENOUGH), HELD_LEAST)
+    held = -(-min(wanted, HELD_MOST) // multiple) * multiple
     order = torch.randperm(len(samples[0]), generator=torch.Generator().manual_seed(seed))[:count]
     if held * 2 > count:
         return [x[order] for x in samples], [x[order] for x in samples]
@@ -509,6 +536,7 @@ class Learner:
         problem.samples = with_views(samples, count_views(samples, problem.views, problem.cache_bytes), problem.seed)
         self.judge = Judge(problem.teacher, hessian.judged_targets(problem.graph), held, problem.together)
         self.best: Tensors = {}
+        self.losses = torch.empty(0, dtype=torch.float64)  # of the best, per held-out sample
         self.stage = self.piece = self.step = 0
         self.running: _Piece | None = None
         self.pieces = [self._pieces(stage) for stage in problem.method.stages]
@@ -563,13 +591,13 @@ class Learner:
             self._keep("compensated")
 
     def _keep(self, name: str) -> None:
-        """Judge the student as it is, and remember it if none was better."""
-        distance = self.judge.distance(self.student)
-        best = min(self.learning.distances.values(), default=math.inf)
-        self.learning.distances[name] = min(distance, self.learning.distances.get(name, math.inf))
-        if distance < best or not self.best:
+        """Judge the student as it is, and remember it if it is better than the best so far."""
+        losses = self.judge.losses(self.student)
+        self.learning.distances[name] = min(mean(losses), self.learning.distances.get(name, math.inf))
+        started = self.learning.kept in STARTS and name not in STARTS  # what was not learned cannot have overfitted
+        if not self.best or gain(losses, self.losses, errors=1.0 if started else 0.0) > 0:
             self.learning.kept = name
-            self.best = baked_state(self.student)
+            self.best, self.losses = baked_state(self.student), losses
 
     def _stage(self) -> Iterator[Tensor]:
         problem, stage = self.problem, self.problem.method.stages[self.stage]
@@ -680,7 +708,7 @@ class Learner:
             return
         facts = {"stage": self.stage, "piece": self.piece, "step": self.step, "learning": asdict(self.learning)}
         tensors = {f"student.{key}": value for key, value in self.student.state_dict().items()}
-        tensors |= {f"best.{key}": value for key, value in self.best.items()}
+        tensors |= {"losses": self.losses} | {f"best.{key}": value for key, value in self.best.items()}
         if self.running is not None and self.running.optimizer is not None:
             for index, entry in self.running.optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in entry.items()}
@@ -691,7 +719,7 @@ class Learner:
         """Take over counters and the best student so far; the student itself follows when its quantizers are in place."""
         self.stage, self.piece, self.step = (int(state.facts[key]) for key in ("stage", "piece", "step"))
         self.learning = Learning(**state.facts["learning"])
-        self.best = state.part("best.")
+        self.best, self.losses = state.part("best."), state.tensors["losses"]
         own = self.student.state_dict()
         plain = {key: value for key, value in state.part("student.").items() if key in own}
         self.student.load_state_dict(plain, strict=False)
