@@ -30,8 +30,8 @@ SLACK = 0.05  # an error this much above the least still counts as least: the op
 MAX_BIAS = 2**30  # leaves the other half of int32 to the sum of products it is added to
 
 Batch = Mapping[str, np.ndarray]
-View = Callable[[Tensor], Tensor]
-Calibrator = Callable[["Histogram", Grid, Limits, View], QParams]
+Reader = Callable[[Tensor], Tensor]
+Calibrator = Callable[["Histogram", Grid, Limits, Reader], QParams]
 WeightCalibrator = Callable[[Tensor, Grid], QParams]
 Calibrating = TypeVar("Calibrating", bound=WeightCalibrator)
 
@@ -40,9 +40,9 @@ WEIGHT_CALIBRATORS: dict[str, WeightCalibrator] = {}
 
 
 def calibrator(name: str) -> Callable[[Calibrator], Calibrator]:
-    """Register an activation calibrator: (histogram, grid, limits, view) -> parameters.
+    """Register an activation calibrator: (histogram, grid, limits, reader) -> parameters.
 
-    `view` is what the value's only reader makes of it, where that reader is elementwise; else the identity.
+    `reader` is what the value's only reader makes of it, where that reader is elementwise; else the identity.
     """
 
     def register(function: Calibrator) -> Calibrator:
@@ -180,14 +180,14 @@ def _bounded(histogram: Histogram, limits: Limits) -> tuple[float, float]:
 
 
 @calibrator("minmax")
-def minmax(histogram: Histogram, grid: Grid, limits: Limits, view: View = torch.clone) -> QParams:
+def minmax(histogram: Histogram, grid: Grid, limits: Limits, reader: Reader = torch.clone) -> QParams:
     """The whole range that was seen."""
     return affine_qparams(*_bounded(histogram, limits), grid)
 
 
 @calibrator("percentile")
 def percentile(
-    histogram: Histogram, grid: Grid, limits: Limits, view: View = torch.clone, share: float = 0.9999
+    histogram: Histogram, grid: Grid, limits: Limits, reader: Reader = torch.clone, share: float = 0.9999
 ) -> QParams:
     """The range that holds `share` of all elements, cutting the same number at either end."""
     low, high = _bounded(histogram, limits)
@@ -205,24 +205,24 @@ def _affine_candidates(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, T
     return scale, zero_point
 
 
-def _histogram_error(histogram: Histogram, scale: Tensor, zero_point: Tensor, grid: Grid, view: View) -> Tensor:
-    """Mean squared error behind `view` of quantizing the histogram's data, per candidate; bins count with their centers."""
+def _histogram_error(histogram: Histogram, scale: Tensor, zero_point: Tensor, grid: Grid, reader: Reader) -> Tensor:
+    """Mean squared error behind `reader` of quantizing the histogram's data, per candidate; bins count with their centers."""
     used = histogram.counts > 0
     x, weight = histogram.centers[used], histogram.counts[used]
-    exact = view(x)
+    exact = reader(x)
     errors = []
     for s, z in zip(torch.split(scale, 64), torch.split(zero_point, 64), strict=True):
         s, z = s[:, None], z[:, None]
         snapped = (torch.clamp(torch.round(x / s) + z, grid.qmin, grid.qmax) - z) * s
-        errors.append(((view(snapped) - exact) ** 2 * weight).sum(1))
+        errors.append(((reader(snapped) - exact) ** 2 * weight).sum(1))
     return torch.cat(errors) / weight.sum()
 
 
 @calibrator("mse")
 def mse(
-    histogram: Histogram, grid: Grid, limits: Limits, view: View = torch.clone, rounds: int = 3, points: int = 12
+    histogram: Histogram, grid: Grid, limits: Limits, reader: Reader = torch.clone, rounds: int = 3, points: int = 12
 ) -> QParams:
-    """The range of least mean squared error behind `view`: a grid search over both ends, refined around the best.
+    """The range of least mean squared error behind `reader`: a grid search over both ends, refined around the best.
 
     Of the ranges about as good, on the way from there to the whole range, the widest: what saturates is lost for good,
     while rounding errors average out in the sums that follow.
@@ -237,18 +237,20 @@ def mse(
         highs = (best_high + steps).clamp(1e-3, 1) if high > 0 else torch.zeros(1, dtype=torch.float64)
         pairs = torch.cartesian_prod(lows, highs)
         scale, zero_point = _affine_candidates(pairs[:, 0] * low, pairs[:, 1] * high, grid)
-        best = int(torch.argmin(_histogram_error(histogram, scale, zero_point, grid, view)))
+        best = int(torch.argmin(_histogram_error(histogram, scale, zero_point, grid, reader)))
         best_low, best_high = float(pairs[best, 0]), float(pairs[best, 1])
         reach *= 2.5 / points
     wider = torch.linspace(0, 1, 33, dtype=torch.float64)
     lows, highs = (best_low + (1 - best_low) * wider) * low, (best_high + (1 - best_high) * wider) * high
-    errors = _histogram_error(histogram, *_affine_candidates(lows, highs, grid), grid, view)
+    errors = _histogram_error(histogram, *_affine_candidates(lows, highs, grid), grid, reader)
     last = int(torch.nonzero(errors <= errors[0] * (1 + SLACK)).max())
     return affine_qparams(float(lows[last]), float(highs[last]), grid)
 
 
 @calibrator("entropy")
-def entropy(histogram: Histogram, grid: Grid, limits: Limits, view: View = torch.clone, points: int = 64) -> QParams:
+def entropy(
+    histogram: Histogram, grid: Grid, limits: Limits, reader: Reader = torch.clone, points: int = 64
+) -> QParams:
     """The range whose quantized distribution has the least Kullback-Leibler divergence from the data's.
 
     Both ends shrink together; data beyond them counts in the outermost levels, as it does when it saturates.
@@ -320,9 +322,9 @@ def weight_mse(weight: Tensor, grid: Grid, points: int = 60, importance: Tensor 
     return symmetric_qparams(chosen if grid.axis is not None else chosen[0], grid)
 
 
-def views(graph: gs.Graph) -> dict[str, View]:
+def elementwise_readers(graph: gs.Graph) -> dict[str, Reader]:
     """What elementwise operators make of the values that they alone read."""
-    found: dict[str, View] = {}
+    found: dict[str, Reader] = {}
     for node in graph.nodes:
         parameters = node.inputs[1:]
         if not op_of(node).unary or len(node.inputs[0].outputs) != 1 or not all(map(is_constant, parameters)):
@@ -332,26 +334,26 @@ def views(graph: gs.Graph) -> dict[str, View]:
         ]
         if len(numbers) == len(parameters):
             value = node.inputs[0]
-            view = partial(_view, op_of(node).function, numbers, dict(node.attrs))
-            found[value.name] = view
+            reader = partial(_read, op_of(node).function, numbers, dict(node.attrs))
+            found[value.name] = reader
             while (
                 value.inputs and role_of(value.inputs[0]) == "same_grid" and len(value.inputs[0].inputs[0].outputs) == 1
             ):
                 value = value.inputs[0].inputs[0]  # a Reshape in between moves elements, no more
-                found[value.name] = view
+                found[value.name] = reader
     return found
 
 
-def _view(function: View, parameters: list[float], attributes: dict[str, object], x: Tensor) -> Tensor:
+def _read(function: Reader, parameters: list[float], attributes: dict[str, object], x: Tensor) -> Tensor:
     return function(x, *parameters, **attributes)
 
 
 def calibrate(
-    plan: Plan, stats: Stats, mirror: Mirror, method: str = "mse", seen: Mapping[str, View] | None = None
+    plan: Plan, stats: Stats, mirror: Mirror, method: str = "mse", seen: Mapping[str, Reader] | None = None
 ) -> dict[str, QParams]:
     """Parameters of every planned activation, constant operand and weight (weights: abs-max, to be refined).
 
-    `seen`: what the only reader of a value makes of it, as `views` returns it.
+    `seen`: what the only reader of a value makes of it, as `elementwise_readers` returns it.
     """
     qparams: dict[str, QParams] = {}
     for value, point in plan.items():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,3 +63,12 @@ def load(path: Path, fingerprint: str) -> State:
             "anew without --resume"
         )
     return State(tensors, facts)
+
+
+def fingerprint(parts: Iterable[bytes | str]) -> str:
+    """A key of everything that decides a result."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:32]

@@ -114,16 +114,20 @@ class Judge:
         """What each sample adds to the distance; [samples], float64."""
         total = torch.zeros(len(self.samples[0]), dtype=torch.float64)
         for expected, found in zip(self.expected, self._outputs(student), strict=True):
-            error = (expected - found).square()
-            rows = error.reshape(len(total), -1) if error.numel() % len(total) == 0 else error.flatten()
-            total += (rows.mean(-1) / expected.square().mean().clamp(min=1e-20)).cpu()
+            total += _by_sample((expected - found).square() / expected.square().mean().clamp(min=1e-20), len(total))
             if is_distribution(expected):
-                total += divergence(found, expected, "none").sum(1).cpu()
+                total += _by_sample(divergence(found, expected, "none").sum(1), len(total))
         return total
 
     def distance(self, student: Mirror) -> float:
         """Mean over the samples: 0 when the student's outputs are the teacher's; infinite when they are no numbers."""
         return mean(self.losses(student))
+
+
+def _by_sample(x: Tensor, samples: int) -> Tensor:
+    """Mean of each sample's elements; the same for all where the first axis does not hold them one after another."""
+    rows = x.reshape(samples, -1) if x.numel() % samples == 0 else x.flatten()
+    return rows.mean(-1).cpu()
 
 
 def mean(losses: Tensor) -> float:

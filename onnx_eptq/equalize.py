@@ -48,7 +48,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Evened:
+class Equalized:
     """What was done at a place: the factors' spread (largest by smallest), and the readers' error after by before."""
 
     value: str
@@ -103,9 +103,8 @@ def _makers(
             layer = made[tensor.name]
             if layer.axis is None or layer.output_axis % len(tensor.shape) != axis:
                 return ()
-            return _sole(
-                [(layer.weight, layer.axis), *((bias, -1) for bias in [layer.bias] if bias is not None)], channels
-            )
+            biases = [(layer.bias, -1)] if layer.bias is not None else []
+            return _sole([(layer.weight, layer.axis), *biases], channels)
         node = tensor.inputs[0]
         affine = [(node.inputs[i], -1) for i in op_of(node).affine if i < len(node.inputs)]
         if affine:
@@ -226,7 +225,7 @@ def _rounded(weight: Tensor, grid: Grid) -> Tensor:
 @torch.no_grad()
 def equalize(
     graph: gs.Graph, teacher: Mirror, plan: Plan, layers: Sequence[Layer], batches: Iterable[dict[str, np.ndarray]]
-) -> list[Evened]:
+) -> list[Equalized]:
     """Scale channels wherever that lowers the error of the layers behind; the graph's constants are changed in place.
 
     Args:
@@ -268,7 +267,7 @@ def _run(teacher: Mirror, see: Callable[[str, Tensor], Tensor], batches: Iterabl
         probe.run(*feed(teacher, batch))
 
 
-def _apply(trials: Iterable[_Trial]) -> Iterator[Evened]:
+def _apply(trials: Iterable[_Trial]) -> Iterator[Equalized]:
     for trial in trials:
         best = trial.best()
         if best is None:
@@ -283,4 +282,4 @@ def _apply(trials: Iterable[_Trial]) -> Iterator[Evened]:
             layer.weight.values = scaled_weight(layer, weight, factors).numpy()
         spread = float(factors.max() / factors.min())
         log.info("'%s': channels scaled by factors %g apart, error x %.2f", place.value, spread, share)
-        yield Evened(place.value, spread, share)
+        yield Equalized(place.value, spread, share)

@@ -24,7 +24,6 @@ from onnx_eptq.ops import Op, op_of
 from onnx_eptq.plan import Layer, Plan, is_constant, is_float, role_of
 
 PROBES = 16  # Rademacher vectors: about 10 % error, which no use of the scores notices
-Weighting = Callable[["dict[str, Tensor]", "dict[str, Tensor]"], "dict[str, Tensor]"]
 
 
 def learning_targets(graph: gs.Graph) -> list[str]:

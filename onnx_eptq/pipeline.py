@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -38,11 +37,11 @@ from onnx_eptq.widths import DEFAULT_WEIGHT_WIDTHS, Asked, Group, candidates, wi
 from onnx_eptq.write import write
 
 WEIGHT_SAMPLES = 64  # samples on which weight scales compete; half of it for images of the size below and larger ones
-EVEN_SAMPLES = 16  # samples on which factors between channels are chosen
+EQUALIZE_SAMPLES = 16  # samples on which factors between channels are chosen
 FIT_SAMPLES = 256  # by which weights are rounded when sensitivities are measured
 FIDELITY_SAMPLES = 256
 PARITY_SAMPLES = 8
-OTHER_NUMBERS = 3.0  # dB above the whole error: half of it is then the runtime's own
+RUNTIME_MARGIN = 3.0  # dB above the whole error: half of it is then the runtime's own
 LOW_SQNR = 6.0  # dB; below, outputs differ from the float model's by half their size
 GROUP = 16  # samples at a time, where the model itself fixes a smaller batch
 MOST_TIMES = 2  # the steps, where batches are smaller than the effort's
@@ -76,7 +75,7 @@ class Job:
     config: Config
     report: Report
     groups: Sequence[Group] = ()  # quantizers whose widths are still to be chosen
-    is_even: bool = False  # channels have been evened out
+    is_equalized: bool = False  # channels have been evened out
 
 
 def quantize(
@@ -444,10 +443,12 @@ def observed(job: Job, teacher: mirror.Mirror, batches: Feed, phases: Phases) ->
 def calibrated(job: Job, phases: Phases, stats: calibrate.Stats | None = None) -> Ready:
     """Ranges from all samples (`stats`, when they are known), weight scales by their output error, biases corrected."""
     config = job.config
-    evened(job, phases)
+    equalized(job, phases)
     teacher, batches, graph = make_teacher(job)
     stats = stats or observed(job, teacher, batches, phases)
-    qparams = calibrate.calibrate(job.plan, stats, teacher, config.calibration, calibrate.views(job.graph))
+    qparams = calibrate.calibrate(
+        job.plan, stats, teacher, config.calibration, calibrate.elementwise_readers(job.graph)
+    )
     few = batches.subset(weight_samples(job.batches), config.seed)
     if "hmse" in (config.weight_calibration, METHODS[config.method].ranges):
         samples = load_samples(teacher, few)
@@ -472,15 +473,15 @@ def calibrated(job: Job, phases: Phases, stats: calibrate.Stats | None = None) -
     return Ready(graph, teacher, student, batches)
 
 
-def evened(job: Job, phases: Phases) -> None:
+def equalized(job: Job, phases: Phases) -> None:
     """Even out channels in the job's graph, once and unless unwanted, and say where."""
-    if job.is_even or not job.config.equalize:
+    if job.is_equalized or not job.config.equalize:
         return
-    few = Feed(job.batches).subset(EVEN_SAMPLES, job.config.seed)
+    few = Feed(job.batches).subset(EQUALIZE_SAMPLES, job.config.seed)
     with phases("equalize"):
         teacher = mirror.build(job.graph).to(job.config.device)
-        job.report.evened = equalize(job.graph, teacher, job.plan, job.layers, few)
-    job.is_even = True
+        job.report.equalized = equalize(job.graph, teacher, job.plan, job.layers, few)
+    job.is_equalized = True
 
 
 def unmeasured(job: Job) -> Mixed:
@@ -504,7 +505,7 @@ def unmeasured(job: Job) -> Mixed:
 
 def explored(job: Job, phases: Phases) -> tuple[Mixed, calibrate.Stats | None]:
     """Measure the loss of every width that may be chosen, or read what was measured before; and the statistics, if needed."""
-    evened(job, phases)
+    equalized(job, phases)
     mixed, config = unmeasured(job), job.config
     start = time.perf_counter()
     folder = Path(config.sensitivity_cache) if config.sensitivity_cache else sensitivity.default_folder()
@@ -514,10 +515,8 @@ def explored(job: Job, phases: Phases) -> tuple[Mixed, calibrate.Stats | None]:
     if missing:
         teacher, batches, graph = make_teacher(job)
         stats = observed(job, teacher, batches, phases)
-        batch = max(1, min(32, LEARN_ELEMENTS // sample_elements(job.batches)))
-        if has_fixed_batch(job):
-            own = job.batches.batch_size
-            batch = own if graph is job.graph else max(1, batch // own) * own
+        alone = has_fixed_batch(job) and graph is job.graph
+        batch = job.batches.batch_size if alone else fitted_batch(job, 32)
         judged = weight_samples(job.batches)
         some = batches.subset(min(job.batches.num_samples, judged + FIT_SAMPLES), config.seed)
         setting = sensitivity.Setting(
@@ -531,7 +530,7 @@ def explored(job: Job, phases: Phases) -> tuple[Mixed, calibrate.Stats | None]:
             config.seed,
             config.cache_mb * 2**20,
             config.calibration,
-            calibrate.views(job.graph),
+            calibrate.elementwise_readers(job.graph),
         )
         measure = sensitivity.MEASURES[config.sensitivity]
         for name, row in phases.over("sensitivity", measure(setting, missing), len(missing)):
@@ -548,10 +547,14 @@ def sensitivity_key(job: Job) -> str:
     settings = {name: getattr(config, name) for name in ("sensitivity", "seed", "calibration", "bias_correction")}
     parts: list[bytes | str] = [onnx_eptq.__version__, json.dumps(settings), plan.to_json()]
     parts += [np.ascontiguousarray(layer.weight.values).tobytes() for layer in job.layers]
-    parts.append(job.source.read_bytes() if isinstance(job.source, Path) else job.source.SerializeToString())
     for sample in job.batches.samples():
         parts += [np.ascontiguousarray(array).tobytes() for array in sample.values()]
-    return sensitivity.fingerprint(parts)
+    return checkpoint.fingerprint([*parts, source_bytes(job)])
+
+
+def source_bytes(job: Job) -> bytes:
+    """The float model as it came."""
+    return job.source.read_bytes() if isinstance(job.source, Path) else job.source.SerializeToString()
 
 
 def explore(
@@ -580,10 +583,16 @@ def load_samples(teacher: mirror.Mirror, batches: Feed) -> list[torch.Tensor]:
     return [x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for x in samples]
 
 
+def fitted_batch(job: Job, most: int) -> int:
+    """Samples to take gradients of together: at most so many, fewer large ones, and a multiple of what the model fixes."""
+    fixed = job.batches.batch_size if has_fixed_batch(job) else 1
+    return max(1, min(most, LEARN_ELEMENTS // sample_elements(job.batches)) // fixed) * fixed
+
+
 def sized_effort(job: Job) -> Effort:
     """The effort asked for, with batches fitted to a sample's size and to what the model fixes; smaller ones, more steps."""
-    effort, fixed = EFFORTS[job.config.effort], job.batches.batch_size if has_fixed_batch(job) else 1
-    batch = max(1, min(effort.batch, LEARN_ELEMENTS // sample_elements(job.batches)) // fixed) * fixed
+    effort = EFFORTS[job.config.effort]
+    batch = fitted_batch(job, effort.batch)
     steps = effort.steps * max(1, min(MOST_TIMES, round((effort.batch / batch) ** 0.5)))
     return replace(effort, steps=job.config.steps or steps, batch=batch)
 
@@ -632,7 +641,8 @@ def learning_problem(job: Job, ready: Ready, method: Method | None = None) -> ep
 def learned(job: Job, ready: Ready, saved: Path | None, resume: bool, phases: Phases) -> None:
     """Learn the student's rounding, scales and biases; it stays as it is where nothing better is found."""
     problem = learning_problem(job, ready)
-    mark = fingerprint(job, problem.samples)
+    parts = (onnx_eptq.__version__, job.plan.to_json(), job.config.model_dump_json(), source_bytes(job))
+    mark = checkpoint.fingerprint([*parts, *(x.cpu().numpy().tobytes() for x in problem.samples)])
     state = None
     if resume and saved is not None and saved.exists():
         state = checkpoint.load(saved, mark)
@@ -648,18 +658,9 @@ def learned(job: Job, ready: Ready, saved: Path | None, resume: bool, phases: Ph
         pass
     job.report.learning = learner.learning
     if learner.learning.kept == "rtn":
-        job.report.warnings.append("learning found nothing better than plain rounding, which is kept")
-
-
-def fingerprint(job: Job, samples: Sequence[torch.Tensor]) -> str:
-    """What a checkpoint belongs to: model, data, plan, settings and version."""
-    digest = hashlib.sha256()
-    for part in (onnx_eptq.__version__, job.plan.to_json(), job.config.model_dump_json()):
-        digest.update(part.encode())
-    digest.update(job.source.read_bytes() if isinstance(job.source, Path) else job.source.SerializeToString())
-    for tensor in samples:
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
+        job.report.warnings.append(
+            "learning found nothing better than plain rounding by more than chance; that is kept"
+        )
 
 
 def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | None, phases: Phases) -> onnx.ModelProto:
@@ -680,7 +681,7 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
             report.fidelity = verify.measure_fidelity(
                 job.source, staged.path, some, threads, verify.selections(job.graph)
             )
-        report.warnings += low_fidelity(report.fidelity) + other_numbers(report.parity, report.fidelity)
+        report.warnings += low_fidelity(report.fidelity) + runtime_deviations(report.parity, report.fidelity)
         report.bytes = graphs.file_bytes(staged.path)
         if output is not None:
             staged.publish()
@@ -696,13 +697,13 @@ def low_fidelity(fidelity: verify.Fidelity) -> list[str]:
     ]
 
 
-def other_numbers(parity: verify.Parity, fidelity: verify.Fidelity) -> list[str]:
+def runtime_deviations(parity: verify.Parity, fidelity: verify.Fidelity) -> list[str]:
     """A warning for every output that the runtime's optimisations change as much as quantization does."""
     return [
         f"output '{name}': at full optimisation ONNX Runtime's kernels are {decibel} dB from what the file says, which is a "
         "large part of the error; at basic optimisation they are exact"
         for name, decibel in parity.optimized_db.items()
-        if decibel < fidelity.sqnr_db.get(name, -math.inf) + OTHER_NUMBERS
+        if decibel < fidelity.sqnr_db.get(name, -math.inf) + RUNTIME_MARGIN
     ]
 
 

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from onnx_eptq import graph as graphs
 from onnx_eptq.eptq import Learning
-from onnx_eptq.equalize import Evened
+from onnx_eptq.equalize import Equalized
 from onnx_eptq.mixed import Allocation
 from onnx_eptq.ops import op_name, op_of
 from onnx_eptq.plan import Plan, linear_layers
@@ -105,7 +105,7 @@ class Report:
     fed: dict[str, list[float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     preparation: dict[str, int] = field(default_factory=dict)
-    evened: list[Evened] = field(default_factory=list)
+    equalized: list[Equalized] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     float_bytes: int = 0
     bytes: int = 0
@@ -142,9 +142,9 @@ class Report:
             yield f"data       {self.data}"
         for name, (low, high, mean, std) in list(self.fed.items())[:4]:
             yield f"  fed      {name}: {low:.4g} to {high:.4g}, mean {mean:.4g}, standard deviation {std:.4g}"
-        if self.evened:
-            least = min(self.evened, key=lambda evened: evened.error)
-            yield f"equalized  channels of {len(self.evened)} values, error behind '{least.value}' x {least.error:.2g}"
+        if self.equalized:
+            least = min(self.equalized, key=lambda equalized: equalized.error)
+            yield f"equalized  channels of {len(self.equalized)} values, error behind '{least.value}' x {least.error:.2g}"
         yield from (f"warning    {warning}" for warning in self.warnings[:4])
         if self.estimate:
             yield f"estimate   {self.estimate['seconds']:.0f} s, {self.estimate['peak_mb']:.0f} MB"

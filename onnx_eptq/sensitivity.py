@@ -12,11 +12,10 @@ output: the distance of the network's outputs with one quantizer on at a time; o
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from onnx_eptq import compensate, hessian, mirror
-from onnx_eptq.calibrate import Stats, View, absmax, apply_linear, calibrate, weight_mse
+from onnx_eptq.calibrate import Reader, Stats, absmax, apply_linear, calibrate, weight_mse
 from onnx_eptq.compensate import Moments, as_rows, from_rows
 from onnx_eptq.eptq import Judge
 from onnx_eptq.grid import Grid, QParams, fake_quantize
@@ -59,7 +58,7 @@ class Setting:
     seed: int = 0
     cache_bytes: int = 2**30
     calibration: str = "mse"
-    views: Mapping[str, View] = field(default_factory=dict)
+    readers: Mapping[str, Reader] = field(default_factory=dict)
 
     def batches(self, samples: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """The samples, `batch` at a time."""
@@ -170,7 +169,7 @@ def _ranges(setting: Setting, group: Group) -> dict[int, QParams]:
     found = {}
     for bits in group.widths:
         plan = with_widths(Plan(root), {group.name: bits})
-        chosen = calibrate(plan, setting.stats, setting.teacher, setting.calibration, setting.views)
+        chosen = calibrate(plan, setting.stats, setting.teacher, setting.calibration, setting.readers)
         found[bits] = chosen[group.name]
     return found
 
@@ -392,15 +391,6 @@ def parted(samples: Sequence[Tensor], judged: int) -> tuple[list[Tensor], list[T
 def default_folder() -> Path:
     """Where this user's programs keep what they can compute again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onnx-eptq"
-
-
-def fingerprint(parts: Iterable[bytes | str]) -> str:
-    """A key of whatever decides the losses."""
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()[:32]
 
 
 def monotone(losses: Mapping[int, float], step: float) -> dict[int, float]:

@@ -19,11 +19,11 @@ from onnx_eptq.calibrate import (
     calibrate,
     choose_weight_scales,
     correct_biases,
+    elementwise_readers,
     feed,
     fit_biases,
     observe,
     percentile,
-    views,
 )
 
 from onnx_eptq.grid import Grid, fake_quantize, quantize as to_codes  # isort: skip
@@ -276,7 +276,7 @@ def test_entropy_clips_an_outlier():
 
 @pytest.mark.parametrize("method", CALIBRATORS)
 def test_calibrate_gives_parameters_to_every_root(case, method):
-    qparams = calibrate(case.plan, case.stats, case.teacher, method, views(case.graph))
+    qparams = calibrate(case.plan, case.stats, case.teacher, method, elementwise_readers(case.graph))
     roots = [v for v, point in case.plan.items() if not point.tied_to and point.role != "bias"]
     assert sorted(qparams) == sorted(roots)
     for value, (scale, zero_point) in qparams.items():
@@ -300,8 +300,8 @@ def test_a_value_no_data_reached_gets_a_scale_and_a_warning(caplog):
     assert "no data reached 'x'" in caplog.text
 
 
-def test_views_are_the_elementwise_readers():
-    found = views(cached("activations").graph)
+def test_what_is_found_are_the_elementwise_readers():
+    found = elementwise_readers(cached("activations").graph)
     assert {"a", "c", "f"} <= set(found)  # LeakyRelu, HardSwish, Sigmoid
     assert "d" not in found  # read twice
     x = torch.tensor([-2.0, 3.0])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onnx_eptq.checkpoint import State, load, save
+from onnx_eptq.checkpoint import State, fingerprint, load, save
 from onnx_eptq.errors import OutputError, UsageError
 
 FACTS = {"stage": 1, "learning": {"distances": {"rtn": 0.25}, "curve": [{"step": 3, "loss": 1e-30}]}, "text": "häß"}
@@ -103,3 +103,7 @@ def test_damaged_heads_are_refused(tmp_path, at):
     path.write_bytes(data)
     with pytest.raises(UsageError, match="is not a checkpoint that can be read"):
         load(path, "mark")
+
+
+def test_keys_tell_parts_apart():
+    assert len({fingerprint(parts) for parts in (["ab", "c"], ["a", "bc"], [b"abc"], ["abc", ""])}) == 4

@@ -1,8 +1,8 @@
 """Learning end to end on tiny models: the guard, every method, gradients of the loss, exports, interruptions."""
 
 import copy
-import math
 import json
+import math
 import shutil
 import signal
 import subprocess

@@ -101,7 +101,7 @@ def ready(proto):
     return graph, plan, linear_layers(graph)
 
 
-def evened(proto, graph, plan, layers):
+def equalized(proto, graph, plan, layers):
     return equalize(graph, mirror.build(graph), plan, layers, feeds(proto))
 
 
@@ -110,7 +110,7 @@ def test_the_float_network_keeps_its_bits(name):
     proto = PLACES[name]
     graph, plan, layers = ready(proto)
     before = og.to_model(og.copy(graph))
-    (found,) = evened(proto, graph, plan, layers)
+    (found,) = equalized(proto, graph, plan, layers)
     assert found.spread >= 4
     assert found.error < 0.9
     after = og.to_model(graph)
@@ -128,7 +128,7 @@ def test_where_channels_cannot_be_scaled(name):
     proto = parse(CONV.format(text=text, more=more), **used)
     graph, plan, layers = ready(proto)
     assert find_places(graph, layers, plan) == []
-    assert evened(proto, graph, plan, layers) == []
+    assert equalized(proto, graph, plan, layers) == []
 
 
 def test_float_values_and_weights_are_left_alone():
@@ -178,7 +178,7 @@ def test_even_channels_stay():
         w=np.ones((6, 4, 1, 1), np.float32),
         v=W(5, 6, 1, 1),
     )
-    assert evened(proto, *ready(proto)) == []
+    assert equalized(proto, *ready(proto)) == []
 
 
 @pytest.mark.parametrize("name", ["depthwise", "layer normalization"])
@@ -189,7 +189,7 @@ def test_the_written_file_gains(name):
         switch: onnx_eptq.quantize(proto, data, method="rtn", equalize=switch, threads=1).report
         for switch in (False, True)
     }
-    assert not found[False].evened
+    assert not found[False].equalized
     assert "equalized  channels of 1 values" in str(found[True])
     for output, decibel in found[True].fidelity.sqnr_db.items():
         assert decibel > found[False].fidelity.sqnr_db[output] + 2
@@ -200,7 +200,7 @@ def test_every_model_keeps_its_numbers(name):
     proto = MODELS[name]()
     graph, plan, layers = ready(proto)
     before = og.to_model(og.copy(graph))
-    evened(proto, graph, plan, layers)
+    equalized(proto, graph, plan, layers)
     for feed in feeds(proto):
         for output, values in run_ort(before, feed).items():
             np.testing.assert_allclose(run_ort(og.to_model(graph), feed)[output], values, rtol=1e-5, atol=1e-6)

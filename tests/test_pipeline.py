@@ -402,5 +402,5 @@ def test_a_runtime_with_numbers_of_its_own_is_warned_about():
     parity = replace(found["onnx"].report.parity, optimized_db={"logits": 20.0})
     for decibel, warned in ((10.0, False), (19.0, True), (30.0, True)):
         fidelity = replace(found["onnx"].report.fidelity, sqnr_db={"logits": decibel})
-        assert bool(pipeline.other_numbers(parity, fidelity)) == warned
-    assert pipeline.other_numbers(parity, replace(found["onnx"].report.fidelity, sqnr_db={})) == []
+        assert bool(pipeline.runtime_deviations(parity, fidelity)) == warned
+    assert pipeline.runtime_deviations(parity, replace(found["onnx"].report.fidelity, sqnr_db={})) == []

@@ -30,6 +30,11 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def first_word(line: str) -> str:
+    """Which line it is; one that starts with a count is known by that alone."""
+    return re.sub(r"\d+", "0", line.split()[0])
+
+
 def test_the_first_command_quantizes_the_demo_and_prints_what_is_shown(checkout: Path) -> None:
     command = blocks("sh")[0].split("&&")[-1]
     program, *arguments = shlex.split(command)
@@ -40,7 +45,7 @@ def test_the_first_command_quantizes_the_demo_and_prints_what_is_shown(checkout:
     assert run.returncode == 0, run.stderr
     onnx.checker.check_model(checkout / "digits_int4.onnx", full_check=True)
     shown, printed = blocks("text")[0].splitlines(), run.stdout.splitlines()
-    assert [line.split()[0] for line in shown] == [line.split()[0] for line in printed]
+    assert [first_word(line) for line in shown] == [first_word(line) for line in printed]
     assert shown[0] == printed[0]  # coverage; times and the last digits of the rest depend on the machine
 
 

@@ -80,7 +80,7 @@ def test_learning_sees_views_but_neither_judge_nor_start_does(monkeypatch):
     found = models.quantize(proto, Rules(4, 8))
     problem = models.problem(found, "eptq", steps=2, count=64, views=3)
     learner = Learner(problem, found.student)
-    assert len(learner.judge.samples[0]) == 8
-    assert len(problem.samples[0]) == 3 * 56
+    assert len(learner.judge.samples[0]) == 16
+    assert len(problem.samples[0]) == 3 * 48
     assert len(list(learner)) == 2
-    assert torch.equal(torch.cat([batch[0] for batch in seen]), problem.samples[0][:56])
+    assert torch.equal(torch.cat([batch[0] for batch in seen]), problem.samples[0][:48])

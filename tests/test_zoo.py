@@ -98,7 +98,7 @@ def test_what_is_complained_about():
     assert score_zoo.complaints(row(family="other", w4a8={"bytes_percent": 98.0, "macs_percent": 97.5})) == []
     assert "29.0 dB" in score_zoo.complaints(row(w8a8={"sqnr_db": {"y": 29.0}}))[0]
     worse = {"distances": {"rtn": 1.0, "1 network/latent": 2.0}, "kept": "rtn"}
-    assert score_zoo.complaints(row(learned=worse)) == ["learning kept rtn"]
+    assert score_zoo.complaints(row(learned=worse)) == ["learning found nothing better than rtn"]
 
 
 @pytest.mark.slow

@@ -367,13 +367,23 @@ def describe(name: str, exporter: str, opset: int) -> dict[str, Any]:
     return facts | {"inputs": [asdict(item) for item in entry.inputs], "batch": entry.batch}
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=CACHE, help="default: ONNX_EPTQ_ZOO, or the user's cache")
+def choose_forms(parser: argparse.ArgumentParser) -> None:
+    """Options that say which models in which forms: see `chosen` and `forms`."""
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=MODELS, help="these models")
     parser.add_argument("--small", action="store_true", help="the quick half of the models")
     parser.add_argument("--exporter", choices=sorted({form[0] for form in FORMS}))
     parser.add_argument("--opset", type=int, help="of the exporters' usual ones, or another for --exporter")
+
+
+def chosen(options: argparse.Namespace) -> list[str]:
+    """Names of the models asked for."""
+    return [n for n in options.only or MODELS if MODELS[n].small or not options.small]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=CACHE, help="default: ONNX_EPTQ_ZOO, or the user's cache")
+    choose_forms(parser)
     parser.add_argument("--force", action="store_true", help="also what is there already")
     parser.add_argument("--list", action="store_true", help="list the models and do nothing")
     return parser.parse_args()
@@ -388,7 +398,7 @@ def forms(options: argparse.Namespace) -> list[tuple[str, int]]:
 
 def main() -> int:
     options = arguments()
-    names = [n for n in options.only or MODELS if MODELS[n].small or not options.small]
+    names = chosen(options)
     if options.list:
         print("\n".join(f"{n:<18}{MODELS[n].family:<7}{'small' if MODELS[n].small else ''}" for n in names))
         return 0

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from common import markdown, run_measured
-from export_zoo import CACHE, FORMS, MODELS, Input, file_name, forms, samples
+from export_zoo import CACHE, FORMS, MODELS, Input, choose_forms, chosen, file_name, forms, samples
 
 CALIBRATION, HELD = 64, 32  # samples
 GOALS = {"cnn": 99.0, "other": 97.0}  # percent of bytes and multiplications in low bit
@@ -250,8 +250,10 @@ def complaints(row: dict[str, Any]) -> list[str]:
         if None not in (ours[name], theirs[name]) and ours[name] < theirs[name] - SLACK:
             found.append(f"{name}: {ours[name]} dB < quantize_static's {theirs[name]} dB")
     learning = row.get("learned", {})
-    if "distances" in learning and not learning["kept"].split()[0].isdigit():
-        found.append(f"learning kept {learning['kept']}")
+    distances = learning.get("distances", {})
+    best = min(distances, key=distances.__getitem__, default="1")
+    if not best.split()[0].isdigit():  # stages are numbered, starts are not
+        found.append(f"learning found nothing better than {best}")
     return found
 
 
@@ -296,10 +298,7 @@ def _line(row: dict[str, Any]) -> list[object]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", type=Path, default=CACHE, help="the folder of export_zoo.py")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=MODELS, help="these models")
-    parser.add_argument("--small", action="store_true", help="the quick half of the models")
-    parser.add_argument("--exporter", choices=sorted({form[0] for form in FORMS}))
-    parser.add_argument("--opset", type=int)
+    choose_forms(parser)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument(
         "--forms", choices=["turn", "all"], default="all", help="of each model one form in turn, or all"
@@ -360,8 +359,9 @@ def main() -> int:
     if options.child:
         return child(options)
     rows, shown = load(options.out), []
-    for index, (name, entry) in enumerate(MODELS.items()):
-        if (options.only and name not in options.only) or (options.small and not entry.small):
+    names = chosen(options)
+    for index, name in enumerate(MODELS):
+        if name not in names:
             continue
         for form in forms(options):
             path = options.zoo / file_name(name, *form)
