@@ -173,25 +173,36 @@ def split(samples: Sequence[Tensor], seed: int, multiple: int = 1) -> tuple[list
 
 @dataclass
 class Parts:
-    """The learned quantizers of a piece, by planned value."""
+    """The learned quantizers of a piece, by planned value, and per bias the width of what its layer multiplies."""
 
     weights: dict[str, WeightQuantizer] = field(default_factory=dict)
     biases: dict[str, LearnedBias] = field(default_factory=dict)
     activations: dict[str, ActivationQuantizer] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
 
     def groups(self, stage: Stage) -> list[dict[str, Any]]:
         """Parameter groups of the optimiser; parameters that are not learned get no gradient."""
-        rounding = [p for w in self.weights.values() for name, p in w.named_parameters() if name != "log_factor"]
-        by_rate = [
-            (rounding, stage.weight_rate),
-            ([w.log_factor for w in self.weights.values()], stage.scale_rate),
-            ([b.shift for b in self.biases.values()], stage.bias_rate),
-            ([a.log_factor for a in self.activations.values()], stage.step_rate),
-        ]
-        for parameters, rate in by_rate:
-            for parameter in parameters:
-                parameter.requires_grad_(rate > 0)
-        return [{"params": params, "lr": rate, "peak": rate} for params, rate in by_rate if params and rate > 0]
+        by_rate: dict[float, list[Tensor]] = {}
+        for parameter, rate in self._rates(stage):
+            parameter.requires_grad_(rate > 0)
+            if rate > 0:
+                by_rate.setdefault(rate, []).append(parameter)
+        return [{"params": params, "lr": rate, "peak": rate} for rate, params in by_rate.items()]
+
+    def _rates(self, stage: Stage) -> Iterator[tuple[Tensor, float]]:
+        """Every parameter with its learning rate."""
+
+        def finer(bits: int) -> float:
+            return 2.0 ** min(0, 4 - bits) if stage.finer else 1.0
+
+        for weight in self.weights.values():
+            roundings = [p for name, p in weight.named_parameters() if name != "log_factor"]
+            yield from ((parameter, stage.weight_rate) for parameter in roundings)
+            yield weight.log_factor, stage.scale_rate * finer(weight.point.grid.bits)
+        for value, bias in self.biases.items():
+            yield bias.shift, stage.bias_rate * finer(self.widths[value])
+        for activation in self.activations.values():
+            yield activation.log_factor, stage.step_rate * finer(activation.point.grid.bits)
 
     def judged(self, hard: bool) -> None:
         """Quantize as the written file will (`hard`), or as learning does."""
@@ -220,6 +231,8 @@ def install(student: Mirror, problem: Problem, piece: Piece, stage: Stage, nodes
             plain = student.quantizer(bias)
             assert isinstance(plain, BiasQuantizer)
             parts.biases[bias] = LearnedBias(plain, student.constant(bias), units[layer.output.name])
+            factors = [plan.root(tensor.name).grid for tensor in (layer.weight, layer.source) if tensor.name in plan]
+            parts.widths[bias] = min(grid.bits for grid in factors)
     used = {node.target for node in nodes if node.op == "call_module"}
     for value, name in student.quantizers.items():
         module = student.quantizer(value)
@@ -368,7 +381,11 @@ class _Piece:
         teacher, whole = problem.teacher, stage.scope == "network"
         mine, its = pieces.raw_nodes(student), pieces.raw_nodes(teacher)
         inputs = [pieces.input_nodes(mirror, piece.inputs, first) for mirror in (student, teacher)]
-        targets = [t for t in hessian.learning_targets(problem.graph) if whole or t in _inside(problem.graph, piece)]
+        if whole:  # behind a final Sigmoid: where most of a detector's scores are near 0, the others count
+            targets = hessian.judged_targets(problem.graph)
+        else:
+            inside = _inside(problem.graph, piece)
+            targets = [target for target in hessian.learning_targets(problem.graph) if target in inside]
         self.layers = [layer for layer in piece.layers if layer.output.name in its] if whole and stage.features else []
         compared = [layer.output.name for layer in self.layers]
         self.distributions = len(targets) if whole and stage.kl else 0

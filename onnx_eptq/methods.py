@@ -22,6 +22,7 @@ class Stage:
         activations: How activations are quantized meanwhile: all, gradual (from none to all), or drop (a random half).
         weight_rate: Learning rate of roundings, in steps of the grid (latent), of alpha (soft) or of log divisors (flex).
         scale_rate, bias_rate, step_rate: Relative rates of weight scales, biases and activation steps; 0: not learned.
+        finer: Whether these rates halve with every bit of the width above 4, as the steps of the grid do.
         constant: Whether rates stay constant; else they follow half a cosine.
         regularizer: Factor of the annealed regulariser (soft).
         optimizer: adam or radam.
@@ -39,6 +40,7 @@ class Stage:
     scale_rate: float = 0.003
     bias_rate: float = 0.003
     step_rate: float = 0.003
+    finer: bool = False
     constant: bool = False
     regularizer: float = 0.01
     optimizer: Literal["adam", "radam"] = "adam"
@@ -90,8 +92,8 @@ METHODS: dict[str, Method] = {
     ),
     "eptq": Method(
         (
-            Stage("network", "latent", share=0.5, kl=0.1),
-            Stage("network", "frozen", share=0.5, kl=0.1),
+            Stage("network", "latent", share=0.5, kl=0.1, finer=True),
+            Stage("network", "frozen", share=0.5, kl=0.1, finer=True),
         ),
         "compensated",
     ),

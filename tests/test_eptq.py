@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import models
 import onnx_eptq
 from models import MODELS, f32, i64, parse, weights
-from onnx_eptq import checkpoint, eptq, pieces, pipeline
+from onnx_eptq import checkpoint, eptq, hessian, pieces, pipeline
 from onnx_eptq.eptq import Judge, Learner
 from onnx_eptq.errors import UsageError
 from onnx_eptq.methods import EFFORTS, METHODS, Method, Stage
@@ -132,12 +132,7 @@ def test_odd_and_tiny_models_learn_and_get_no_worse(name, method):
     assert after <= distances["rtn"]
     kept = learner.learning.kept
     assert after == pytest.approx(distances[kept], rel=1e-4, abs=1e-9)
-    rivals = (
-        distances.values()
-        if kept not in eptq.STARTS
-        else [distances[name] for name in eptq.STARTS if name in distances]
-    )
-    assert distances[kept] == min(rivals)
+    assert distances[kept] == min(distances[name] for name in {kept, *eptq.STARTS} if name in distances)
     assert all(bool(value.isfinite().all()) for value in found.student.state_dict().values())
 
 
@@ -330,6 +325,51 @@ def test_without_any_quantization_the_student_is_the_teacher(name):
         torch.testing.assert_close(found_.detach(), expected, rtol=0, atol=5e-3)
     running.parts.schedule(running.stage, 1.0)
     assert {a.share for a in running.parts.activations.values()} <= {1.0}
+
+
+def rates(parts, stage):
+    """Learning rate by parameter, from the optimiser's groups."""
+    return {id(parameter): group["peak"] for group in parts.groups(stage) for parameter in group["params"]}
+
+
+@pytest.mark.parametrize(("weight_bits", "act_bits"), [(2, 4), (4, 8), (8, 4), (8, 8)])
+def test_rates_of_finer_grids_are_lower(weight_bits, act_bits):
+    """One update moves the largest code by the same share of a step at every width above 4."""
+    stage = Stage("network", "latent", scale_rate=0.02, bias_rate=0.03, step_rate=0.04, finer=True)
+    found = case("residual", weight_bits, act_bits)
+    parts = piece_of(found, stage).parts
+    by_width = rates(parts, stage)
+    plain = rates(parts, replace(stage, finer=False))
+    assert set(by_width) == set(plain)
+    for weight in parts.weights.values():
+        bits = weight.point.grid.bits
+        assert by_width[id(weight.log_factor)] * 2.0 ** max(bits, 4) == pytest.approx(0.02 * 16)
+        assert plain[id(weight.log_factor)] == 0.02
+        assert {by_width[id(p)] for n, p in weight.named_parameters() if n != "log_factor"} == {stage.weight_rate}
+    for activation in parts.activations.values():
+        assert by_width[id(activation.log_factor)] * 2.0 ** max(activation.point.grid.bits, 4) == pytest.approx(
+            0.04 * 16
+        )
+    first = found.layers[0]  # the network's input has 8 bits
+    for layer in found.layers:
+        if layer.bias is not None and layer.bias.name in parts.biases:
+            bits = min(weight_bits, 8 if layer is first else act_bits)
+            assert by_width[id(parts.biases[layer.bias.name].shift)] * 2.0 ** max(bits, 4) == pytest.approx(0.03 * 16)
+    assert not rates(parts, replace(stage, scale_rate=0, bias_rate=0, step_rate=0, weight_rate=0))
+
+
+def test_outputs_are_compared_behind_a_final_sigmoid():
+    """An error of scores that are near 0 and stay there costs nothing."""
+    found = case("sigmoid")
+    running = piece_of(found, Stage("network", "latent", features=0, kl=1.0))
+    index = torch.arange(8)
+    expected = running._expected(index)
+    assert hessian.judged_targets(found.graph) == [found.graph.outputs[0].name]
+    assert all(bool(((value >= 0) & (value <= 1)).all()) for value in expected)
+    with torch.no_grad():
+        (mine,) = running.student(*running.inputs(index))
+        error = (mine - expected[0]).square().mean() / expected[0].square().mean()
+        assert float(running.loss(index, 0, 1)) == pytest.approx(float(error), rel=1e-4)
 
 
 def test_the_schedule_of_activation_quantization():
