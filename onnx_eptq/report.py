@@ -178,7 +178,9 @@ class Report:
         if learning is None:
             return
         steps = ", ".join(f"{name} {distance:.4g}" for name, distance in learning.distances.items())
-        yield f"learned    distance from the float model on held-out samples: {steps}; kept: {learning.kept}"
+        best = min(learning.distances, key=learning.distances.__getitem__, default=learning.kept)
+        why = "" if best == learning.kept else f", as {best} may be better by chance alone"
+        yield f"learned    distance from the float model on held-out samples: {steps}; kept: {learning.kept}{why}"
         yield (
             f"           {learning.steps} steps, {100 * learning.undecided:.1f} % of roundings undecided at the end, "
             f"{learning.gap:+.2g} by deciding them; targets: {', '.join(learning.targets[:4])}"

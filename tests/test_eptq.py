@@ -803,6 +803,16 @@ def test_models_that_mix_a_fixed_batch_learn(count, method):
     assert report.learning.kept
 
 
+@pytest.mark.parametrize(("kept", "said"), [("1 network/latent", False), ("compensated", True)])
+def test_the_report_says_why_a_lower_distance_is_not_kept(kept, said):
+    report = onnx_eptq.quantize(EVERY["residual"], DATA, weight_bits=3, method="rtn", threads=1).report
+    report.learning = eptq.Learning({"rtn": 3.0, "compensated": 2.0, "1 network/latent": 1.0}, kept)
+    (line,) = [line for line in str(report).splitlines() if line.startswith("learned")]
+    assert line.endswith(
+        f"kept: {kept}, as 1 network/latent may be better by chance alone" if said else f"kept: {kept}"
+    )
+
+
 @pytest.mark.parametrize("settings", [{}, {"cache_mb": 0}, {"precision": "bfloat16"}, {"effort": "fast"}])
 def test_settings_of_learning(settings):
     report = onnx_eptq.quantize(
