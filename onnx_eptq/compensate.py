@@ -3,6 +3,7 @@
 For each layer, from the input on, the weights that best turn the *quantized* network's values into the *float* network's
 output are found by ridge regression, and rounded column by column so that the columns still to come absorb each error
 (GPTQ, arXiv 2210.17323, with the asymmetric target of GPTAQ, arXiv 2504.02692). The bias takes the mean that is left.
+Positions that matter more to the network's outputs count more (after GuidedQuant, arXiv 2505.07004).
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ BLOCK = 64  # columns between two updates of all that follow
 class Moments:
     """Sums over all output positions of one layer: inputs (columns) x and float outputs y, per group.
 
-    Shapes: xx [groups, K, K], yx [groups, R, K], x [groups, K], y [groups, R]; float64.
+    Shapes: xx [groups, K, K], yx [groups, R, K], x [groups, K], y [groups, R]; float64. `count` is the sum of what the
+    positions count.
     """
 
     xx: Tensor
     yx: Tensor
     x: Tensor
     y: Tensor
-    count: int = 0
+    count: float = 0
 
 
 def group_count(layer: Layer) -> int:
@@ -57,6 +59,7 @@ def can_solve(layer: Layer) -> bool:
 
 
 Thinned = Callable[[Tensor, Tensor], Tensor]
+Importance = Mapping[str, Sequence[Tensor]]
 
 
 def columns(layer: Layer, x: Tensor, weight: Tensor, apply: Thinned | None = None) -> Tensor:
@@ -107,10 +110,17 @@ def from_rows(layer: Layer, rows: Tensor, weight: Tensor) -> Tensor:
     return rows.reshape(weight.movedim(layer.axis, 0).shape).movedim(0, layer.axis)
 
 
-def gather(layer: Layer, pairs: Iterable[tuple[Tensor, Tensor]], weight: Tensor, samples: int) -> Moments:
+def gather(
+    layer: Layer,
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    weight: Tensor,
+    samples: int,
+    importance: Sequence[Tensor] | None = None,
+) -> Moments:
     """Sum the moments over pairs (input of the quantized network, output of the float network without its bias).
 
     Of convolutions with more positions in all samples than equations are needed, only some are read, others in each batch.
+    `importance`, per pair, is what each position counts, shaped like the output without its channels (by default 1).
     """
     groups, outputs, unknowns = as_rows(layer, weight).shape
     shapes = (groups, unknowns, unknowns), (groups, outputs, unknowns), (groups, unknowns), (groups, outputs)
@@ -122,15 +132,19 @@ def gather(layer: Layer, pairs: Iterable[tuple[Tensor, Tensor]], weight: Tensor,
         every = math.isqrt(positions // wanted) if positions > wanted and y.ndim == 4 else 1
         offset = index % every
         apply = thinned(layer, every, offset) if every > 1 and min(y.shape[2:]) > offset else None
+        counts = None if importance is None else importance[index]
         if apply is not None:
             y = y[:, :, offset::every, offset::every]
+            counts = None if counts is None else counts[:, offset::every, offset::every]
         cols = columns(layer, x, weight, apply)
         target = y.movedim(layer.output_axis, 0).reshape(groups, outputs, -1)
-        moments.xx += (cols @ cols.mT).double()
-        moments.yx += (target @ cols.mT).double()
-        moments.x += cols.sum(2).double()
-        moments.y += target.sum(2).double()
-        moments.count += cols.shape[2]
+        each = torch.ones_like(cols[0, 0]) if counts is None else counts.reshape(-1)
+        weighted = cols if counts is None else cols * each
+        moments.xx += (weighted @ cols.mT).double()
+        moments.yx += (target @ weighted.mT).double()
+        moments.x += (cols @ each).double()
+        moments.y += (target @ each).double()
+        moments.count += float(each.double().sum())
     return moments
 
 
@@ -281,7 +295,12 @@ def constant_nodes(module: fx.GraphModule) -> set[fx.Node]:
 
 @torch.no_grad()
 def compensate(
-    student: Mirror, teacher: Mirror, plan: Plan, layers: Sequence[Layer], batches: Sequence[Sequence[Tensor]]
+    student: Mirror,
+    teacher: Mirror,
+    plan: Plan,
+    layers: Sequence[Layer],
+    batches: Sequence[Sequence[Tensor]],
+    importance: Importance | None = None,
 ) -> list[str]:
     """Set weights, weight scales and biases of the student layer by layer, from the input on.
 
@@ -294,6 +313,7 @@ def compensate(
         plan: where the student's quantizers sit.
         layers: the graph's linear layers, in execution order.
         batches: network inputs, one sequence of tensors per batch; all batches are held at once.
+        importance: by layer output, what each of its positions counts, per batch: `hessian.position_importance`.
 
     Returns:
         The names of the weights that were solved.
@@ -303,9 +323,9 @@ def compensate(
     for layer in layers:
         if layer.weight.name in plan and layer.weight.name not in solved and can_solve(layer):
             weight = teacher.constant(layer.weight.name)
-            moments = gather(
-                layer, _pairs(layer, ours, theirs, weight), weight, sum(len(batch[0]) for batch in batches)
-            )
+            counts = importance.get(layer.output.name) if importance else None
+            pairs = _pairs(layer, ours, theirs, weight)
+            moments = gather(layer, pairs, weight, sum(len(batch[0]) for batch in batches), counts)
             _settle(layer, student, teacher, moments)
             solved.append(layer.weight.name)
     return solved

@@ -607,7 +607,10 @@ class Learner:
             few = max(1, problem.effort.samples // batch) * batch
             chosen = [x[: self.images][:few] for x in problem.samples]
             batches = [[x[i : i + batch] for x in chosen] for i in range(0, len(chosen[0]), batch)]
-            compensate(student, problem.teacher, problem.plan, problem.layers, batches)
+            importance = hessian.position_importance(
+                problem.teacher, problem.graph, problem.layers, chosen, batch=batch, seed=problem.seed
+            )
+            compensate(student, problem.teacher, problem.plan, problem.layers, batches, importance)
             fit_biases(student, problem.plan)
             self._keep("compensated")
 

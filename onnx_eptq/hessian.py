@@ -8,6 +8,7 @@ Rademacher vectors. Every pass gives all layers at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -23,6 +24,8 @@ from onnx_eptq.mirror import Mirror
 from onnx_eptq.ops import Op, op_of
 from onnx_eptq.plan import Layer, Plan, is_constant, is_float, role_of
 
+LEANING = 0.5  # how far what positions count leans on their gradients
+FEW_PROBES = 4  # where a mean over channels evens out the rest
 PROBES = 16  # Rademacher vectors: about 10 % error, which no use of the scores notices
 
 
@@ -147,7 +150,8 @@ def label_free_hessian(
     traces: dict[str, list[Tensor]] = {name: [] for name in names}
     attention: dict[str, list[Tensor]] = {name: [] for name in names}
     start = 0
-    for squares in squared_gradients(teacher, graph, names, samples, probes=probes, batch=batch, seed=seed):
+    targets = learning_targets(graph)
+    for squares in squared_gradients(teacher, targets, names, samples, probes=probes, batch=batch, seed=seed):
         count = min(batch, len(samples[0]) - start)
         start += count
         for layer, square in zip(layers, squares, strict=True):
@@ -159,7 +163,7 @@ def label_free_hessian(
 
 def squared_gradients(
     teacher: Mirror,
-    graph: gs.Graph,
+    targets: Sequence[str],
     names: Sequence[str],
     samples: Sequence[Tensor],
     *,
@@ -167,15 +171,15 @@ def squared_gradients(
     batch: int = 32,
     seed: int = 0,
 ) -> Iterator[list[Tensor]]:
-    """Yield, batch by batch, sum over outputs of (d output / d element)**2 for the named values, shaped like them, float64.
+    """Yield, batch by batch, sum over targets of (d target / d element)**2 for the named values, shaped like them, float64.
 
     Values that no input reaches (an expanded class token) have 0. Arguments as for `label_free_hessian`.
     """
     raw = pieces.raw_nodes(teacher)
-    targets = [raw[name] for name in learning_targets(graph)]
+    ends = [raw[name] for name in targets]
     places = pieces.placeholders(teacher)
-    run = pieces.function(teacher, places, [*(raw[name] for name in names), *targets])
-    scales = _head_scales(pieces.function(teacher, places, targets), samples, batch)
+    run = pieces.function(teacher, places, [*(raw[name] for name in names), *ends])
+    scales = _head_scales(pieces.function(teacher, places, ends), samples, batch)
     generator = torch.Generator().manual_seed(seed)
     for inputs in _batches(samples, batch):
         count = len(inputs[0])
@@ -183,6 +187,8 @@ def squared_gradients(
         values, z = results[: len(names)], _together(results[len(names) :], scales, count)
         squares = [torch.zeros_like(value, dtype=torch.float64) for value in values]
         reached = [(value, total) for value, total in zip(values, squares, strict=True) if value.requires_grad]
+        if not z.requires_grad:  # float islands, which have no gradient, cut all paths to the targets
+            reached = []
         for v in directions(z.shape[1], count, probes, z.shape[1] <= probes, generator) if reached else ():
             gradients = torch.autograd.grad(
                 z,
@@ -230,6 +236,37 @@ def projected_gradients(
     finally:
         for tensor in leaves:
             tensor.requires_grad_(False)
+
+
+def position_importance(
+    teacher: Mirror,
+    graph: gs.Graph,
+    layers: Sequence[Layer],
+    samples: Sequence[Tensor],
+    *,
+    batch: int = 32,
+    seed: int = 0,
+) -> dict[str, list[Tensor]]:
+    """What an error at each position of a layer's output counts, per batch; arguments as for `label_free_hessian`.
+
+    The squared gradient of what students are judged by, mean over channels, in units of the layer's mean, mixed with 1: an
+    error of the linear approximation must not decide alone. Layers that no gradient reaches are left out.
+
+    Returns:
+        By layer output, one tensor per batch, shaped like the output without its channel axis; mean 1.
+    """
+    names = [layer.output.name for layer in layers]
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    targets = judged_targets(graph)
+    for squares in squared_gradients(teacher, targets, names, samples, probes=FEW_PROBES, batch=batch, seed=seed):
+        for layer, square in zip(layers, squares, strict=True):
+            found[layer.output.name].append(square.movedim(layer.output_axis, 0).mean(0))
+    scaled = {}
+    for name, parts in found.items():
+        mean = sum(float(part.sum()) for part in parts) / sum(part.numel() for part in parts)
+        if mean > 0 and math.isfinite(mean):
+            scaled[name] = [(1 - LEANING + LEANING / mean * part).float() for part in parts]
+    return scaled
 
 
 def weight_hessian(

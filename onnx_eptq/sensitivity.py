@@ -192,7 +192,8 @@ def _curvature(setting: Setting, names: Sequence[str]) -> dict[str, float]:
     unique = list(dict.fromkeys(names))
     totals = dict.fromkeys(unique, 0.0)
     options = {"batch": setting.batch, "seed": setting.seed}
-    for squares in hessian.squared_gradients(setting.teacher, setting.graph, unique, setting.samples, **options):
+    targets = hessian.learning_targets(setting.graph)
+    for squares in hessian.squared_gradients(setting.teacher, targets, unique, setting.samples, **options):
         for name, square in zip(unique, squares, strict=True):
             totals[name] += float(square.sum()) / len(setting.samples[0])
     return totals

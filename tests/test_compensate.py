@@ -137,8 +137,9 @@ def test_solved_weights_have_no_slope():
     assert float((solve(rows, moments)[1] - covariance).diagonal(dim1=1, dim2=2).max()) < float(ridge.max())
 
 
+@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("every", [1, 2])
-def test_moments_are_sums_over_positions(monkeypatch, every):
+def test_moments_are_sums_over_positions(monkeypatch, every, counted):
     """Where there are more positions than needed, every second one of both axes is read, others in each batch."""
     found = models.quantize(KINDS["grouped"])
     (layer,) = found.layers
@@ -146,8 +147,14 @@ def test_moments_are_sums_over_positions(monkeypatch, every):
     monkeypatch.setattr(comp, "ROWS", 0)
     monkeypatch.setattr(comp, "LEAST_ROWS", 4 * 30 * 36 // every**2)
     pairs = [[torch.randn(30, n, 6, 6, generator=generator) for n in (4, 6)] for _ in range(4)]
-    moments = gather(layer, iter(pairs), weight, 120)
-    assert moments.count == 4 * 30 * 36 // every**2
+    importance = [torch.rand(30, 6, 6, generator=generator) if counted else torch.ones(30, 6, 6) for _ in pairs]
+    moments = gather(layer, iter(pairs), weight, 120, importance if counted else None)
+    read = [
+        counts[:, i % every :: every, i % every :: every].reshape(-1).double() for i, counts in enumerate(importance)
+    ]
+    each = torch.cat(read)
+    assert len(each) == 4 * 30 * 36 // every**2
+    assert moments.count == pytest.approx(float(each.sum()))
     xs, ys = [], []
     for index, (x, y) in enumerate(pairs):
         first = index % every
@@ -157,10 +164,10 @@ def test_moments_are_sums_over_positions(monkeypatch, every):
     x, y = torch.cat(xs, 1), torch.cat(ys, 1)
     for group in range(2):
         part, target = x[group * 18 : group * 18 + 18], y[group * 3 : group * 3 + 3]
-        torch.testing.assert_close(moments.xx[group], part @ part.T, rtol=1e-4, atol=1e-2)
-        torch.testing.assert_close(moments.yx[group], target @ part.T, rtol=1e-4, atol=1e-2)
-        torch.testing.assert_close(moments.x[group], part.sum(1), rtol=1e-4, atol=1e-2)
-        torch.testing.assert_close(moments.y[group], target.sum(1), rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(moments.xx[group], part * each @ part.T, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(moments.yx[group], target * each @ part.T, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(moments.x[group], part @ each, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(moments.y[group], target @ each, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize(("every", "first"), [(1, 0), (2, 0), (2, 1), (3, 2)])
@@ -366,3 +373,24 @@ def test_bytes_alive_while_layers_are_solved():
     # the second convolution reads b, [6, 4, 4], which the Add needs as well; the image is forgotten by then
     assert held_bytes(found.teacher, found.layers[1:], images) == 2 * 4 * 6 * 4 * 4
     assert held_bytes(found.teacher, found.layers, images) == 2 * 4 * 3 * 8 * 8
+
+
+def test_positions_that_count_more_get_the_smaller_error():
+    """A layer cannot be right at both halves of a map with opposite weights: it is at the half that counts."""
+    found = models.quantize(KINDS["conv"], Rules(2, 8))
+    (layer,) = found.layers
+    (samples,) = models.samples_of(found, 40)
+    name = layer.output.name
+    shape = found.teacher(samples)[0].movedim(1, 0)[0].shape
+    errors = []
+    for half in (0, 1):
+        counts = torch.full(shape, 1e-3)
+        counts.chunk(2, 2)[half][:] = 1.0
+        student = copy.deepcopy(found.student)
+        uneven = samples.clone()
+        uneven.chunk(2, 3)[0].mul_(-1).abs_()
+        compensate(student, found.teacher, found.plan, found.layers, [[uneven]], {name: [counts]})
+        error = (student(uneven)[0] - found.teacher(uneven)[0]).square().mean((0, 1))
+        errors.append([float(part.mean()) for part in error.chunk(2, 1)])
+    assert errors[0][0] < errors[1][0]
+    assert errors[1][1] < errors[0][1]

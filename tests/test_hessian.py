@@ -7,14 +7,17 @@ from torch.autograd.functional import hessian, jacobian
 
 import models
 from models import MODELS, i64, parse, prepared, weights
+from onnx_eptq import hessian as lfh
 from onnx_eptq.calibrate import weight_mse
 from onnx_eptq.grid import Grid, QParams, fake_quantize, symmetric_qparams
 from onnx_eptq.hessian import (
     capped,
     hmse_scales,
+    judged_targets,
     label_free_hessian,
     learning_targets,
     log_normalised,
+    position_importance,
     sample_ids,
     weight_hessian,
 )
@@ -144,6 +147,30 @@ def test_seeds_decide_the_vectors():
     teacher, graph, layers, samples = named("depthwise")
     traces = [label_free_hessian(teacher, graph, layers, samples, seed=seed)[0]["a"].tolist() for seed in (0, 0, 1)]
     assert traces[0] == traces[1] != traces[2]
+
+
+@pytest.mark.parametrize("name", ["residual", "matmul"])
+def test_what_positions_count_is_the_mean_over_channels(monkeypatch, name):
+    teacher, graph, layers, samples = named(name)
+    monkeypatch.setattr(lfh, "FEW_PROBES", 1000)  # unit vectors: exact
+    found = position_importance(teacher, graph, layers, samples, batch=2)
+    assert judged_targets(graph) == learning_targets(graph)  # which `exact` differentiates
+    for layer in layers:
+        slopes = exact(teacher, graph, layer, samples).movedim(layer.output_axis, 0).mean(0)
+        expected = 1 - lfh.LEANING + lfh.LEANING * slopes / slopes.mean()
+        parts = found[layer.output.name]
+        assert [len(part) for part in parts] == [2 * len(expected) // 3, len(expected) // 3]
+        torch.testing.assert_close(torch.cat(parts).double(), expected, rtol=1e-4, atol=1e-6)
+        assert float(torch.cat(parts).mean()) == pytest.approx(1, rel=1e-4)
+
+
+def test_positions_behind_which_no_gradient_is_left_count_alike():
+    teacher, graph, layers = net(
+        "(float[N,4] x) => (float[N,3] y) { a = Gemm(x, w, b) r = Relu(a) y = Gemm(r, v) }",
+        w=W(4, 6), b=np.full(6, -99, np.float32), v=W(6, 3),
+    )  # fmt: skip
+    found = position_importance(teacher, graph, layers, [torch.randn(5, 4)])
+    assert set(found) == {layers[1].output.name}
 
 
 def test_a_large_head_does_not_drown_a_small_one():
