@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -170,10 +171,12 @@ def squared_gradients(
     probes: int = PROBES,
     batch: int = 32,
     seed: int = 0,
+    reduced: Callable[[int, Tensor], Tensor] = lambda index, square: square,
 ) -> Iterator[list[Tensor]]:
     """Yield, batch by batch, sum over targets of (d target / d element)**2 for the named values, shaped like them, float64.
 
-    Values that no input reaches (an expanded class token) have 0. Arguments as for `label_free_hessian`.
+    `reduced` says what to keep of the squares of value number `index`, to save memory: any linear function of them. Values that
+    no input reaches (an expanded class token) have 0. Other arguments as for `label_free_hessian`.
     """
     raw = pieces.raw_nodes(teacher)
     ends = [raw[name] for name in targets]
@@ -185,21 +188,21 @@ def squared_gradients(
         count = len(inputs[0])
         results = run(*[x.detach().requires_grad_(x.is_floating_point()) for x in inputs])
         values, z = results[: len(names)], _together(results[len(names) :], scales, count)
-        squares = [torch.zeros_like(value, dtype=torch.float64) for value in values]
-        reached = [(value, total) for value, total in zip(values, squares, strict=True) if value.requires_grad]
+        squares = [torch.zeros_like(reduced(i, value.detach()), dtype=torch.float64) for i, value in enumerate(values)]
+        reached = [i for i, value in enumerate(values) if value.requires_grad]
         if not z.requires_grad:  # float islands, which have no gradient, cut all paths to the targets
             reached = []
         for v in directions(z.shape[1], count, probes, z.shape[1] <= probes, generator) if reached else ():
             gradients = torch.autograd.grad(
                 z,
-                [value for value, _ in reached],
+                [values[i] for i in reached],
                 v.to(z.device),
                 retain_graph=True,
                 allow_unused=True,
                 materialize_grads=True,
             )
-            for (_, total), gradient in zip(reached, gradients, strict=True):
-                total += gradient.double().square()
+            for i, gradient in zip(reached, gradients, strict=True):
+                squares[i] += reduced(i, gradient.double().square())
         yield squares
 
 
@@ -257,10 +260,14 @@ def position_importance(
     """
     names = [layer.output.name for layer in layers]
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    targets = judged_targets(graph)
-    for squares in squared_gradients(teacher, targets, names, samples, probes=FEW_PROBES, batch=batch, seed=seed):
-        for layer, square in zip(layers, squares, strict=True):
-            found[layer.output.name].append(square.movedim(layer.output_axis, 0).mean(0))
+
+    def reduced(index: int, square: Tensor) -> Tensor:
+        return square.movedim(layers[index].output_axis, 0).mean(0)
+
+    options: dict[str, Any] = {"probes": FEW_PROBES, "batch": batch, "seed": seed, "reduced": reduced}
+    for means in squared_gradients(teacher, judged_targets(graph), names, samples, **options):
+        for name, part in zip(names, means, strict=True):
+            found[name].append(part)
     scaled = {}
     for name, parts in found.items():
         mean = sum(float(part.sum()) for part in parts) / sum(part.numel() for part in parts)

@@ -191,11 +191,18 @@ def _curvature(setting: Setting, names: Sequence[str]) -> dict[str, float]:
     """Per value: LFH summed over the elements of a sample, mean over samples (unit: output**2 / value**2)."""
     unique = list(dict.fromkeys(names))
     totals = dict.fromkeys(unique, 0.0)
-    options = {"batch": setting.batch, "seed": setting.seed}
-    targets = hessian.learning_targets(setting.graph)
-    for squares in hessian.squared_gradients(setting.teacher, targets, unique, setting.samples, **options):
-        for name, square in zip(unique, squares, strict=True):
-            totals[name] += float(square.sum()) / len(setting.samples[0])
+    found = hessian.squared_gradients(
+        setting.teacher,
+        hessian.learning_targets(setting.graph),
+        unique,
+        setting.samples,
+        batch=setting.batch,
+        seed=setting.seed,
+        reduced=lambda index, square: square.sum(),
+    )
+    for sums in found:
+        for name, part in zip(unique, sums, strict=True):
+            totals[name] += float(part) / len(setting.samples[0])
     return totals
 
 
