@@ -44,7 +44,7 @@ HELD_ENOUGH, HELD_FEW = (
     64,
     4,
 )  # and up to one in four while that makes fewer than 64: fewer cannot tell candidates apart
-STARTS = ("rtn", "compensated")
+STARTS = ("rtn", "compensated", "weighted")
 CHECKS = 8  # times per network-wide stage that the held-out samples are looked at
 CURVE = 50  # points of a recorded loss curve
 INTERVAL = 20.0  # seconds between checkpoints: what a killed run loses at most
@@ -603,16 +603,27 @@ class Learner:
                     if layer.bias is not None and layer.bias.name in problem.plan:
                         student.constant(layer.bias.name).copy_(problem.teacher.constant(layer.bias.name))
         elif problem.method.start == "compensated":
-            batch = problem.together
-            few = max(1, problem.effort.samples // batch) * batch
-            chosen = [x[: self.images][:few] for x in problem.samples]
-            batches = [[x[i : i + batch] for x in chosen] for i in range(0, len(chosen[0]), batch)]
-            importance = hessian.position_importance(
-                problem.teacher, problem.graph, problem.layers, chosen, batch=batch, seed=problem.seed
-            )
-            compensate(student, problem.teacher, problem.plan, problem.layers, batches, importance)
-            fit_biases(student, problem.plan)
-            self._keep("compensated")
+            self._solve()
+            student.load_state_dict(self.best)
+
+    def _solve(self) -> None:
+        """Solve layer after layer, with positions that count by their gradients and, if there is time, all alike."""
+        problem, batch = self.problem, self.problem.together
+        few = max(1, problem.effort.samples // batch) * batch
+        chosen = [x[: self.images][:few] for x in problem.samples]
+        batches = [[x[i : i + batch] for x in chosen] for i in range(0, len(chosen[0]), batch)]
+        importance = hessian.position_importance(
+            problem.teacher, problem.graph, problem.layers, chosen, batch=batch, seed=problem.seed
+        )
+        starts = {"weighted": importance} if importance else {}
+        if problem.effort.starts > len(starts):
+            starts["compensated"] = {}
+        rounded = {key: value.clone() for key, value in self.student.state_dict().items()}
+        for name, counts in starts.items():
+            self.student.load_state_dict(rounded)
+            compensate(self.student, problem.teacher, problem.plan, problem.layers, batches, counts)
+            fit_biases(self.student, problem.plan)
+            self._keep(name)
 
     def _keep(self, name: str) -> None:
         """Judge the student as it is, and remember it if it is better than the best so far."""

@@ -64,11 +64,19 @@ class Method:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is spent: `steps` of learning per piece, `batch` samples each; `samples` for the closed-form start."""
+    """How much is spent.
+
+    Attributes:
+        steps: Of learning, per piece.
+        samples: For the closed-form start.
+        batch: Samples per step.
+        starts: Closed-form starts that compete: with positions that count by their gradients, and with all alike.
+    """
 
     steps: int
     samples: int
     batch: int = 32
+    starts: int = 2
 
 
 _ADAROUND = Stage(
@@ -99,7 +107,7 @@ METHODS: dict[str, Method] = {
     ),
 }
 EFFORTS: dict[str, Effort] = {
-    "fast": Effort(30, 256),
+    "fast": Effort(30, 256, starts=1),
     "default": Effort(240, 512),
     "thorough": Effort(2000, 1024),
 }

@@ -46,7 +46,7 @@ LOW_SQNR = 6.0  # dB; below, outputs differ from the float model's by half their
 GROUP = 16  # samples at a time, where the model itself fixes a smaller batch
 MOST_TIMES = 2  # the steps, where batches are smaller than the effort's
 LEARN_ELEMENTS = 8 * 3 * 224 * 224  # of a batch to learn from, unless one sample is larger
-STEP_COST, START_COST = 1.5, 5.0  # of a step, and of the closed-form start, per sample; unit: a run of the float model
+STEP_COST, START_COST = 1.5, 4.5  # of a step, and of a closed-form start, per sample; unit: a run of the float model
 LEAST_SAMPLES = 32  # that layers are solved with, whatever the memory
 IMAGE_ELEMENTS = 3 * 224 * 224  # a sample of this size is run in batches of 32
 PARITY_TEXT = 128  # characters of the file's word on its verification: its size is known before it is verified
@@ -609,7 +609,9 @@ def effort_for(job: Job, ready: Ready) -> Effort:
 def learning_cost(method: Method, effort: Effort) -> float:
     """What learning costs, in runs of the float model on one sample."""
     steps = sum(max(1.0, effort.steps * stage.share) for stage in method.stages)
-    return STEP_COST * steps * effort.batch + START_COST * effort.samples * (method.start == "compensated")
+    return STEP_COST * steps * effort.batch + START_COST * effort.samples * effort.starts * (
+        method.start == "compensated"
+    )
 
 
 def has_fixed_batch(job: Job) -> bool:

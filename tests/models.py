@@ -461,11 +461,13 @@ def samples_of(found: Case, count: int = 48, seed: int = 1) -> list[torch.Tensor
     return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
 
-def problem(found: Case, method: str | Method, *, steps: int = 6, count: int = 48, **options: Any) -> Problem:
+def problem(
+    found: Case, method: str | Method, *, steps: int = 6, count: int = 48, starts: int = 2, **options: Any
+) -> Problem:
     """What `eptq.Learner` needs to learn a tiny model."""
     batch = found.proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 16
     chosen = METHODS[method] if isinstance(method, str) else method
-    effort = Effort(steps, count, batch)
+    effort = Effort(steps, count, batch, starts)
     return Problem(
         found.graph, found.plan, found.layers, found.teacher, samples_of(found, count), chosen, effort, **options
     )

@@ -22,6 +22,7 @@ import models
 import onnx_eptq
 from models import MODELS, f32, i64, parse, weights
 from onnx_eptq import checkpoint, eptq, hessian, pieces, pipeline
+from onnx_eptq.compensate import compensate
 from onnx_eptq.eptq import Judge, Learner
 from onnx_eptq.errors import UsageError
 from onnx_eptq.methods import EFFORTS, METHODS, Method, Stage
@@ -200,12 +201,42 @@ def test_bad_learning_is_thrown_away(start, scope, rate):
     learner = Learner(models.problem(found, Method((stage,), start), steps=12), found.student)
     for _ in learner:
         pass
-    assert learner.learning.kept in ("rtn", "compensated")
+    assert learner.learning.kept in eptq.STARTS
     assert all(isinstance(found.student.quantizer(v), Quantizer | BiasQuantizer) for v in found.student.quantizers)
     if start != "compensated":
         assert all(torch.equal(value, plain[key]) for key, value in found.student.state_dict().items())
     else:
         assert distance_of(learner, found.student) <= learner.learning.distances["rtn"]
+
+
+@pytest.mark.parametrize("best", ["compensated", "weighted"])
+def test_learning_begins_at_the_better_start(monkeypatch, best):
+    """Each start is solved from plain rounding, not from the other one; the worse is forgotten."""
+    found = case("residual")
+    rounded = {key: value.clone() for key, value in found.student.state_dict().items()}
+    learner = Learner(models.problem(found, "eptq", steps=2), found.student)
+    weight = found.layers[0].weight.name
+    begun = []
+
+    def solved(student, teacher, plan, layers, batches, importance):
+        begun.append(all(torch.equal(value, rounded[key]) for key, value in student.state_dict().items()))
+        compensate(student, teacher, plan, layers, batches, importance)
+        if (best == "weighted") != bool(importance):
+            student.constant(weight).mul_(-1)
+
+    monkeypatch.setattr(eptq, "compensate", solved)
+    learner._start()
+    assert begun == [True, True]
+    assert learner.learning.kept == best
+    agree = (found.student.constant(weight) * found.teacher.constant(weight)).sum()
+    assert float(agree) > 0
+
+
+def test_the_fast_effort_solves_once():
+    assert EFFORTS["fast"].starts == 1
+    learner = learn(case("residual"), "eptq", steps=2, starts=1)
+    assert "weighted" in learner.learning.distances
+    assert "compensated" not in learner.learning.distances
 
 
 def test_the_written_file_is_plain_rounding_when_nothing_better_is_found(tmp_path, monkeypatch):

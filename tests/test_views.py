@@ -72,7 +72,7 @@ def test_a_seed_decides_the_views_and_the_layout_stays():
 
 def test_learning_sees_views_but_neither_judge_nor_start_does(monkeypatch):
     seen = []
-    monkeypatch.setattr("onnx_eptq.eptq.compensate", lambda *arguments: seen.extend(arguments[4]))
+    monkeypatch.setattr("onnx_eptq.eptq.compensate", lambda *arguments: seen.append(arguments[4]))
     proto = parse(
         "(float[N,3,16,16] x) => (float[N,4] y) { a = Conv (x, w) b = Relu (a) c = GlobalAveragePool (b) y = Flatten (c) }",
         w=W(4, 3, 3, 3),
@@ -83,4 +83,6 @@ def test_learning_sees_views_but_neither_judge_nor_start_does(monkeypatch):
     assert len(learner.judge.samples[0]) == 16
     assert len(problem.samples[0]) == 3 * 48
     assert len(list(learner)) == 2
-    assert torch.equal(torch.cat([batch[0] for batch in seen]), problem.samples[0][:48])
+    assert len(seen) == 2
+    for batches in seen:
+        assert torch.equal(torch.cat([batch[0] for batch in batches]), problem.samples[0][:48])

@@ -273,8 +273,9 @@ def _line(row: dict[str, Any]) -> list[object]:
     w4, learning = row.get("w4a8", {}), row.get("learned", {})
     parity = w4.get("parity")
     distances = learning.get("distances", {})
-    curve = [distances.get("rtn"), distances.get("compensated")]
-    curve.append(min((v for k, v in distances.items() if k[0].isdigit()), default=None))
+    learned = {name: distance for name, distance in distances.items() if name[0].isdigit()}  # stages have numbers
+    starts = {name: distance for name, distance in distances.items() if name != "rtn" and name not in learned}
+    curve = [distances.get("rtn"), *(min(found.values(), default=None) for found in (starts, learned))]
     return [
         row["model"],
         f"{row['exporter']} {row['opset']}",
