@@ -44,6 +44,9 @@ HELD_ENOUGH, HELD_FEW = (
     64,
     4,
 )  # and up to one in four while that makes fewer than 64: fewer cannot tell candidates apart
+# Standard errors by which learning must beat where it began: the luckiest of all its checks is compared with the luckier
+# of two starts, which is worth about so much.
+LUCK = 0.5
 STARTS = ("rtn", "compensated", "weighted")
 CHECKS = 8  # times per network-wide stage that the held-out samples are looked at
 CURVE = 50  # points of a recorded loss curve
@@ -629,8 +632,8 @@ class Learner:
         """Judge the student as it is, and remember it if it is better than the best so far."""
         losses = self.judge.losses(self.student)
         self.learning.distances[name] = min(mean(losses), self.learning.distances.get(name, math.inf))
-        started = self.learning.kept in STARTS and name not in STARTS  # what was not learned cannot have overfitted
-        if not self.best or gain(losses, self.losses, errors=1.0 if started else 0.0) > 0:
+        replaces = self.learning.kept in STARTS and name not in STARTS
+        if not self.best or gain(losses, self.losses, errors=LUCK if replaces else 0.0) > 0:
             self.learning.kept = name
             self.best, self.losses = baked_state(self.student), losses
 

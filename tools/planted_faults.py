@@ -216,14 +216,14 @@ FAULTS = (
     Fault(
         "the worst student is kept",
         "eptq.py",
-        "errors=1.0 if started else 0.0) > 0:",
-        "errors=1.0 if started else 0.0) < 0:",
+        "errors=LUCK if replaces else 0.0) > 0:",
+        "errors=LUCK if replaces else 0.0) < 0:",
         ("eptq",),
     ),
     Fault(
         "a lucky student replaces a start",
         "eptq.py",
-        "errors=1.0 if started else 0.0)",
+        "errors=LUCK if replaces else 0.0)",
         "errors=0.0)",
         ("eptq",),
     ),
