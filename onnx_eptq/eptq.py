@@ -40,10 +40,7 @@ from onnx_eptq.rounding import (
 from onnx_eptq.views import count_views, with_views
 
 HELD_SHARE, HELD_MOST, HELD_LEAST = 8, 128, 8  # one sample in eight is held out to judge by, within these bounds
-HELD_ENOUGH, HELD_FEW = (
-    64,
-    4,
-)  # and up to one in four while that makes fewer than 64: fewer cannot tell candidates apart
+HELD_SHARE_OF_FEW, HELD_ENOUGH = 4, 64  # but one in four up to so many: fewer cannot tell candidates apart
 # Standard errors by which learning must beat where it began: the luckiest of all its checks is compared with the luckier
 # of two starts, which is worth about so much.
 LUCK = 0.5
@@ -140,7 +137,16 @@ def mean(losses: Tensor) -> float:
 
 
 def gain(losses: Tensor, kept: Tensor, errors: float = 0.0) -> float:
-    """By how much a candidate's mean loss is below the kept one's, less so many standard errors of that difference."""
+    """By how much a candidate's mean loss is below the kept one's, less so many standard errors of that difference.
+
+    Args:
+        losses: of the candidate, per held-out sample.
+        kept: of what is kept so far, for the same samples.
+        errors: standard errors that count as luck.
+
+    Returns:
+        Positive where the candidate is better; of students whose losses are no numbers only the sign means anything.
+    """
     found, other = mean(losses), mean(kept)
     if math.isinf(found) or math.isinf(other):
         return -1.0 if math.isinf(found) else 1.0
@@ -166,7 +172,7 @@ def divergence(found: Tensor, expected: Tensor, reduction: str = "batchmean") ->
 def split(samples: Sequence[Tensor], seed: int, multiple: int = 1) -> tuple[list[Tensor], list[Tensor]]:
     """Samples to learn from and samples to judge by, multiples of `multiple`; with very few samples, both are all of them."""
     count = len(samples[0]) // multiple * multiple
-    wanted = max(count // HELD_SHARE, min(count // HELD_FEW, HELD_ENOUGH), HELD_LEAST)
+    wanted = max(count // HELD_SHARE, min(count // HELD_SHARE_OF_FEW, HELD_ENOUGH), HELD_LEAST)
     held = -(-min(wanted, HELD_MOST) // multiple) * multiple
     order = torch.randperm(len(samples[0]), generator=torch.Generator().manual_seed(seed))[:count]
     if held * 2 > count:
