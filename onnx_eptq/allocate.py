@@ -25,6 +25,7 @@ STEP = 1e-9  # of the largest loss: how much more a narrower width costs at leas
 SCALE = 1e5  # of the largest loss in the objective: far above the solver's tolerances
 LARGE = 1e7  # whole numbers below it are left as they are: CBC errs with limits that are nearly whole
 NORMAL = 1e4  # what other limits are scaled to
+VANISHING = 1e-6  # of the largest amount: limits below it, 0 among them, are scaled as if they were so large
 SEEN = 1e-6  # of a limit: the least excess that a solver is sure to see
 ROUNDS = 30  # of tightening a limit that the solver met within its tolerance only
 
@@ -177,7 +178,8 @@ class _Model:
             self.problem += pulp.lpSum(self.x[name, bits] for name, bits in choice.items()) <= len(choice) - 1
         for limit in limits:
             whole = all(map(_whole, limit.resource.amounts)) and limit.most < LARGE
-            scale = 1.0 if whole else NORMAL / max(abs(limit.most), 1e-300)
+            largest = max(map(_largest, limit.resource.amounts), default=1.0)
+            scale = 1.0 if whole else NORMAL / max(abs(limit.most), VANISHING * largest)
             most = math.floor(limit.most) if whole else limit.most * scale
             for amount in limit.resource.amounts:
                 self.problem += self._expression(amount, scale) <= most

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 BINS = 4096
 SLACK = 0.05  # an error this much above the least still counts as least: the optimum is flat, saturation is not
+LEANINGS = (0.9, 0.5, 0.0)  # how far what elements count may lean on their gradients
 MAX_BIAS = 2**30  # leaves the other half of int32 to the sum of products it is added to
 
 Batch = Mapping[str, np.ndarray]
@@ -73,6 +74,8 @@ class Histogram:
         self.counts = torch.zeros(bins, dtype=torch.float64)
         self.min, self.max = float("inf"), float("-inf")
         self.low, self.high = 0.0, 0.0
+        self.importance: Tensor | None = None  # what the elements of each bin count together, from `hessian`
+        self.leaning = LEANINGS[0]
 
     def update(self, x: Tensor) -> None:
         """Add every element of x; an empty tensor adds nothing."""
@@ -101,6 +104,20 @@ class Histogram:
             else:
                 self.counts[half:], self.low = merged, self.high - 2 * width
 
+    def bins_of(self, x: Tensor) -> Tensor:
+        """The bin of every element of x; the outermost ones take what lies outside the range."""
+        bins, width = self.counts.numel(), max(self.high - self.low, 1e-30)
+        return ((x.double() - self.low) * (bins / width)).nan_to_num().clamp(0, bins - 1).long()
+
+    def weighted(self) -> Histogram:
+        """The same data with elements that count by their importance and, a little, all alike."""
+        if self.importance is None or self.leaning == 0:
+            return self
+        found = Histogram(0)
+        found.min, found.max, found.low, found.high = self.min, self.max, self.low, self.high
+        found.counts = (1 - self.leaning) * self.counts / self.counts.sum() + self.leaning * self.importance
+        return found
+
     @property
     def centers(self) -> Tensor:
         """The middle of every bin, float64."""
@@ -115,6 +132,11 @@ class Stats:
     histograms: dict[str, Histogram] = field(default_factory=dict)
     means: dict[str, Tensor] = field(default_factory=dict)
     samples: int = 0
+
+    def lean(self, leaning: float) -> None:
+        """Say how far elements count by their importance (1) rather than all alike (0)."""
+        for histogram in self.histograms.values():
+            histogram.leaning = leaning
 
 
 class _Mean:
@@ -245,6 +267,12 @@ def mse(
     errors = _histogram_error(histogram, *_affine_candidates(lows, highs, grid), grid, reader)
     last = int(torch.nonzero(errors <= errors[0] * (1 + SLACK)).max())
     return affine_qparams(float(lows[last]), float(highs[last]), grid)
+
+
+@calibrator("hmse")
+def hmse(histogram: Histogram, grid: Grid, limits: Limits, reader: Reader = torch.clone) -> QParams:
+    """As `mse`, but errors count by the Label-Free Hessian of their elements: what no output answers to may saturate."""
+    return mse(histogram.weighted(), grid, limits, reader)
 
 
 @calibrator("entropy")

@@ -84,7 +84,8 @@ def quantize(
     ] = None,
     opset: Annotated[int | None, option(QUANT, "Opset of the file: 21, or 13 without 4-bit tensors [21]")] = None,
     calibration: Annotated[
-        str | None, option(QUANT, "Activation ranges by: mse, minmax, percentile, entropy [mse]")
+        str | None,
+        option(QUANT, "Activation ranges by: hmse (error weighted by LFH), mse, minmax, percentile, entropy [hmse]"),
     ] = None,
     weight_calibration: Annotated[
         str | None, option(QUANT, "Weight scales by: output (the layer's output error), absmax, mse, hmse [output]")
@@ -172,7 +173,10 @@ def quantize(
     views: Annotated[
         int | None, option(RUN, "Views of each colour image to learn from [1 to 4, by the number of images]")
     ] = None,
-    cache_mb: Annotated[int | None, option(RUN, "Memory for outputs of the float model, in MB [1024]")] = None,
+    cache_mb: Annotated[
+        int | None,
+        option(RUN, "Memory for the float model's outputs, its gradients, and for solving layers, in MB [1024]"),
+    ] = None,
     compile: Annotated[bool | None, option(RUN, "Compile the learning step with torch.compile", "--compile")] = None,
     precision: Annotated[str | None, option(RUN, "Arithmetic of learning: float32 or bfloat16 [float32]")] = None,
     resume: Annotated[

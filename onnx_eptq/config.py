@@ -29,7 +29,9 @@ class Config(BaseModel):
         ge=1,
         description="Views of each colour image to learn from: parts, mirrored; 1 to 4 by the number of images",
     )
-    cache_mb: int = Field(1024, ge=0, description="Memory for the float model's outputs and for solving layers, in MB")
+    cache_mb: int = Field(
+        1024, ge=0, description="Memory for the float model's outputs, its gradients, and for solving layers, in MB"
+    )
     compile: bool = Field(False, description="Compile the learning step with torch.compile")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Arithmetic of learning; never of the file"
@@ -41,8 +43,8 @@ class Config(BaseModel):
         None, description="How weights of 4 bits and less are stored; the target's own choice by default"
     )
     opset: Literal[13, 21] = Field(21, description="Opset of the file; 13 (IR 8) where no sub-byte type is in it")
-    calibration: Literal["minmax", "percentile", "mse", "entropy"] = Field(
-        "mse", description="How activation ranges are chosen"
+    calibration: Literal["hmse", "mse", "minmax", "percentile", "entropy"] = Field(
+        "hmse", description="How activation ranges are chosen: hmse (squared error weighted by LFH) or another"
     )
     weight_calibration: Literal["output", "absmax", "mse", "hmse"] = Field(
         "output",

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onnx_eptq import checkpoint, hessian, pieces
+from onnx_eptq import checkpoint, hessian, islands, pieces
 from onnx_eptq.calibrate import fit_biases
 from onnx_eptq.checkpoint import State
 from onnx_eptq.compensate import compensate
@@ -50,6 +50,7 @@ CURVE = 50  # points of a recorded loss curve
 INTERVAL = 20.0  # seconds between checkpoints: what a killed run loses at most
 HESSIAN_SAMPLES = 64
 BATCH = 32  # samples per step that falling rates are made for
+START_BATCH = 8  # samples that gradients for the closed-form start are taken of together: few, as all values are kept
 Tensors = dict[str, Tensor]
 
 
@@ -423,6 +424,7 @@ class _Piece:
         groups = self.parts.groups(stage)
         self.optimizer = optimizer(stage.optimizer, groups) if groups else None
         if problem.compile:
+            islands.keep_from_compiling()
             self.student = torch.compile(self.student)
 
     @torch.no_grad()
@@ -617,7 +619,8 @@ class Learner:
 
     def _solve(self) -> None:
         """Solve layer after layer, with positions that count by their gradients and, if there is time, all alike."""
-        problem, batch = self.problem, self.problem.together
+        problem = self.problem
+        batch = problem.chunk or max(START_BATCH // problem.multiple, 1) * problem.multiple
         few = max(1, problem.effort.samples // batch) * batch
         chosen = [x[: self.images][:few] for x in problem.samples]
         batches = [[x[i : i + batch] for x in chosen] for i in range(0, len(chosen[0]), batch)]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from onnx_eptq import graph as graphs
 from onnx_eptq import pieces
-from onnx_eptq.calibrate import weight_mse
+from onnx_eptq.calibrate import Stats, weight_mse
 from onnx_eptq.grid import QParams
 from onnx_eptq.mirror import Mirror
 from onnx_eptq.ops import Op, op_of
@@ -89,14 +89,14 @@ def per_sample(x: Tensor, samples: int, channel_axis: int) -> Tensor:
 
 
 @torch.no_grad()
-def _head_scales(run: pieces.Function, samples: Sequence[Tensor], batch: int) -> list[float]:
+def _head_scales(run: pieces.Function, targets: Sequence[str], samples: Sequence[Tensor], batch: int) -> list[float]:
     """Factors that bring several targets to equal power per sample, so that a large head does not drown a small one."""
-    powers: list[float] = []
+    if len(targets) == 1:
+        return [1.0]
+    powers = [0.0] * len(targets)
     for inputs in _batches(samples, batch):
         found = [float(z.double().square().sum()) for z in run(*inputs)]
-        powers = [a + b for a, b in zip(powers or [0.0] * len(found), found, strict=True)]
-    if len(powers) == 1:
-        return [1.0]
+        powers = [a + b for a, b in zip(powers, found, strict=True)]
     return [(len(samples[0]) / power) ** 0.5 if power > 0 else 0.0 for power in powers]
 
 
@@ -115,6 +115,12 @@ def directions(d: int, samples: int, probes: int, exact: bool, generator: torch.
         return
     for _ in range(probes):
         yield (torch.randint(0, 2, (samples, d), generator=generator).float() * 2 - 1) / probes**0.5
+
+
+def _products(v: Tensor, z: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The product v' J with the Jacobian J of z with respect to each leaf; 0 where z does not depend on it."""
+    together = torch.dot(v.to(z).flatten(), z.flatten())  # `grad_outputs` would have torch import sympy: half a second
+    return torch.autograd.grad(together, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
 
 
 def _batches(samples: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
@@ -182,7 +188,7 @@ def squared_gradients(
     ends = [raw[name] for name in targets]
     places = pieces.placeholders(teacher)
     run = pieces.function(teacher, places, [*(raw[name] for name in names), *ends])
-    scales = _head_scales(pieces.function(teacher, places, ends), samples, batch)
+    scales = _head_scales(pieces.function(teacher, places, ends), targets, samples, batch)
     generator = torch.Generator().manual_seed(seed)
     for inputs in _batches(samples, batch):
         count = len(inputs[0])
@@ -193,14 +199,7 @@ def squared_gradients(
         if not z.requires_grad:  # float islands, which have no gradient, cut all paths to the targets
             reached = []
         for v in directions(z.shape[1], count, probes, z.shape[1] <= probes, generator) if reached else ():
-            gradients = torch.autograd.grad(
-                z,
-                [values[i] for i in reached],
-                v.to(z.device),
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            gradients = _products(v, z, [values[i] for i in reached])
             for i, gradient in zip(reached, gradients, strict=True):
                 squares[i] += reduced(i, gradient.double().square())
         yield squares
@@ -222,8 +221,9 @@ def projected_gradients(
     of |J d|**2: vectors are Rademacher, independent per sample, so that samples do not mix.
     """
     raw = pieces.raw_nodes(teacher)
-    run = pieces.function(teacher, pieces.placeholders(teacher), [raw[name] for name in learning_targets(graph)])
-    scales = _head_scales(run, samples, batch)
+    targets = learning_targets(graph)
+    run = pieces.function(teacher, pieces.placeholders(teacher), [raw[name] for name in targets])
+    scales = _head_scales(run, targets, samples, batch)
     generator = torch.Generator().manual_seed(seed)
     batches = list(_batches(samples, batch))
     each = max(1, -(-passes // len(batches)))
@@ -233,9 +233,7 @@ def projected_gradients(
             count = len(inputs[0])
             z = _together(run(*inputs), scales, count)
             for v in directions(z.shape[1], count, each, False, generator):
-                yield torch.autograd.grad(
-                    z, leaves, v.to(z.device), retain_graph=True, allow_unused=True, materialize_grads=True
-                )
+                yield _products(v, z, leaves)
     finally:
         for tensor in leaves:
             tensor.requires_grad_(False)
@@ -276,6 +274,42 @@ def position_importance(
     return scaled
 
 
+def weigh_ranges(
+    teacher: Mirror,
+    graph: gs.Graph,
+    plan: Plan,
+    stats: Stats,
+    samples: Sequence[Tensor],
+    *,
+    batch: int = 32,
+    seed: int = 0,
+) -> None:
+    """Tell the histograms of `stats` what the elements in each of their bins count: their share of the squared gradients.
+
+    Values that share a grid count together, each by its own gradients; histograms that no gradient reaches stay as they are.
+    The mixture with counting all alike is `calibrate.Stats.lean`.
+    Other arguments as for `label_free_hessian`; the gradients are those of what students are judged by.
+    """
+    known, targets = pieces.raw_nodes(teacher), judged_targets(graph)
+    names = [p.value for p in plan.values() if p.role == "activation" and not p.moved and p.value in known]
+    if not targets:
+        return
+    roots = [plan.root(name).value for name in names]
+    totals = {root: torch.zeros_like(stats.histograms[root].counts) for root in roots}
+    run = pieces.function(teacher, pieces.placeholders(teacher), [known[name] for name in names])
+    options: dict[str, Any] = {"probes": FEW_PROBES, "batch": batch, "seed": seed}
+    found = squared_gradients(teacher, targets, names, samples, **options)
+    for inputs, squares in zip(_batches(samples, batch), found, strict=True):
+        with torch.no_grad():
+            values = run(*inputs)
+        for root, value, square in zip(roots, values, squares, strict=True):
+            bins = stats.histograms[root].bins_of(value)
+            totals[root] += torch.bincount(bins.flatten(), square.flatten(), len(totals[root])).cpu()
+    for root, total in totals.items():
+        if 0 < float(total.sum()) < math.inf:
+            stats.histograms[root].importance = total / total.sum()
+
+
 def weight_hessian(
     teacher: Mirror,
     graph: gs.Graph,
@@ -292,10 +326,10 @@ def weight_hessian(
     in expectation, and a whole batch goes through at once. With one sample per batch and few outputs it is exact.
     """
     raw = pieces.raw_nodes(teacher)
-    targets = [raw[name] for name in learning_targets(graph)]
+    targets = learning_targets(graph)
     names = list(dict.fromkeys(layer.weight.name for layer in layers))
-    run = pieces.function(teacher, pieces.placeholders(teacher), targets)
-    scales = _head_scales(run, samples, batch)
+    run = pieces.function(teacher, pieces.placeholders(teacher), [raw[name] for name in targets])
+    scales = _head_scales(run, targets, samples, batch)
     generator = torch.Generator().manual_seed(seed)
     weights = [teacher.constant(name).requires_grad_(True) for name in names]
     sums = [torch.zeros_like(weight, dtype=torch.float64) for weight in weights]
@@ -305,10 +339,7 @@ def weight_hessian(
             z = _together(run(*inputs), scales, count)
             exact = count == 1 and z.shape[1] <= probes  # unit vectors would mix the samples
             for v in directions(z.shape[1], count, probes, exact, generator):
-                gradients = torch.autograd.grad(
-                    z, weights, v.to(z.device), retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-                for total, gradient in zip(sums, gradients, strict=True):
+                for total, gradient in zip(sums, _products(v, z, weights), strict=True):
                     total += gradient.detach().double().square()
     finally:
         for weight in weights:

@@ -69,7 +69,6 @@ class Island(nn.Module):
         options.log_severity_level = 4
         return ort.InferenceSession(self.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The node's outputs, on the device of the inputs."""
         whole = [x.detach().float() if x.dtype == torch.bfloat16 else x.detach() for x in inputs]
@@ -84,3 +83,9 @@ class Island(nn.Module):
             raise ModelError(f"the node {self.label} makes what is no tensor of numbers; cut the model before it")
         device = inputs[0].device if inputs else torch.device("cpu")
         return tuple(torch.from_numpy(array).to(device) for array in found)
+
+
+@cache
+def keep_from_compiling() -> None:
+    """Let torch.compile call islands instead of tracing them; said when it is used, as torch takes seconds to import it."""
+    Island.forward = torch.compiler.disable(Island.forward)  # type: ignore[method-assign, no-untyped-call]

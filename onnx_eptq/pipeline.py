@@ -46,6 +46,8 @@ LOW_SQNR = 6.0  # dB; below, outputs differ from the float model's by half their
 GROUP = 16  # samples at a time, where the model itself fixes a smaller batch
 MOST_TIMES = 2  # the steps, where batches are smaller than the effort's
 LEARN_ELEMENTS = 8 * 3 * 224 * 224  # of a batch to learn from, unless one sample is larger
+RANGE_BATCH, RANGE_BYTES = 8, 2**28  # samples that gradients of all activations are taken of together, and their memory
+GRADIENT_BYTES = 24  # that this takes per quantized element
 STEP_COST, START_COST = 1.5, 4.5  # of a step, and of a closed-form start, per sample; unit: a run of the float model
 LEAST_SAMPLES = 32  # that layers are solved with, whatever the memory
 IMAGE_ELEMENTS = 3 * 224 * 224  # a sample of this size is run in batches of 32
@@ -435,9 +437,52 @@ def make_teacher(job: Job) -> tuple[mirror.Mirror, Feed, gs.Graph]:
     return teacher, alone, job.graph
 
 
-def observed(job: Job, teacher: mirror.Mirror, batches: Feed, phases: Phases) -> calibrate.Stats:
-    """Statistics of all samples, whatever the widths."""
-    return calibrate.observe(teacher, job.plan, job.layers, phases.over("calibrate", batches, len(batches)))
+def observed(job: Job, teacher: mirror.Mirror, batches: Feed, graph: gs.Graph, phases: Phases) -> calibrate.Stats:
+    """Statistics of all samples, whatever the widths, and on some of them how much the outputs answer to the activations."""
+    stats = calibrate.observe(teacher, job.plan, job.layers, phases.over("calibrate", batches, len(batches)))
+    if job.config.calibration == "hmse":
+        samples = load_samples(teacher, batches.subset(weight_samples(job.batches), job.config.seed))
+        batch = min(RANGE_BATCH, RANGE_BYTES // gradient_bytes(stats))
+        batch = gradient_batch(job, graph, max(1, batch))
+        if batch * gradient_bytes(stats) > job.config.cache_mb * 2**20:
+            wanted = batch * gradient_bytes(stats) // 2**20 + 1
+            job.report.warnings.append(
+                f"activation ranges count all errors alike: gradients need {wanted} MB, more than --cache-mb allows"
+            )
+            return stats
+        with phases("ranges"):
+            hessian.weigh_ranges(teacher, graph, job.plan, stats, samples, batch=batch, seed=job.config.seed)
+            lean(job, teacher, graph, stats, samples, batch)
+    return stats
+
+
+def gradient_bytes(stats: calibrate.Stats) -> int:
+    """What the gradients of all quantized activations of a sample take, about: values, what autograd keeps, squares."""
+    elements = sum(float(histogram.counts.sum()) for histogram in stats.histograms.values())
+    return max(1, round(GRADIENT_BYTES * elements / max(1, stats.samples)))
+
+
+def lean(
+    job: Job,
+    teacher: mirror.Mirror,
+    graph: gs.Graph,
+    stats: calibrate.Stats,
+    samples: list[torch.Tensor],
+    batch: int,
+) -> None:
+    """Let elements count by their importance as far as the network with quantized activations comes closest to the float one.
+
+    Gradients are a linear approximation, and tails are seen in few samples: what they say may be too much.
+    """
+    judge = eptq.Judge(teacher, hessian.judged_targets(graph), samples, batch)
+    points = Plan({value: point for value, point in job.plan.items() if point.role in ("activation", "constant")})
+    readers = calibrate.elementwise_readers(job.graph)
+    distances = {}
+    for leaning in calibrate.LEANINGS:
+        stats.lean(leaning)
+        student = mirror.build(graph, points, calibrate.calibrate(points, stats, teacher, "hmse", readers))
+        distances[leaning] = judge.distance(student.to(job.config.device))
+    stats.lean(min(distances, key=distances.__getitem__))
 
 
 def calibrated(job: Job, phases: Phases, stats: calibrate.Stats | None = None) -> Ready:
@@ -445,7 +490,7 @@ def calibrated(job: Job, phases: Phases, stats: calibrate.Stats | None = None) -
     config = job.config
     equalized(job, phases)
     teacher, batches, graph = make_teacher(job)
-    stats = stats or observed(job, teacher, batches, phases)
+    stats = stats or observed(job, teacher, batches, graph, phases)
     qparams = calibrate.calibrate(
         job.plan, stats, teacher, config.calibration, calibrate.elementwise_readers(job.graph)
     )
@@ -514,9 +559,8 @@ def explored(job: Job, phases: Phases) -> tuple[Mixed, calibrate.Stats | None]:
     stats = None
     if missing:
         teacher, batches, graph = make_teacher(job)
-        stats = observed(job, teacher, batches, phases)
-        alone = has_fixed_batch(job) and graph is job.graph
-        batch = job.batches.batch_size if alone else fitted_batch(job, 32)
+        stats = observed(job, teacher, batches, graph, phases)
+        batch = gradient_batch(job, graph, 32)
         judged = weight_samples(job.batches)
         some = batches.subset(min(job.batches.num_samples, judged + FIT_SAMPLES), config.seed)
         setting = sensitivity.Setting(
@@ -589,6 +633,16 @@ def fitted_batch(job: Job, most: int) -> int:
     return max(1, min(most, LEARN_ELEMENTS // sample_elements(job.batches)) // fixed) * fixed
 
 
+def runs_alone(job: Job, graph: gs.Graph) -> bool:
+    """Whether mirrors of `graph`, the job's or the one freed of its batch, run one of the model's own batches at a time."""
+    return has_fixed_batch(job) and graph is job.graph
+
+
+def gradient_batch(job: Job, graph: gs.Graph, most: int) -> int:
+    """Samples that a mirror of `graph` takes gradients of together: as `fitted_batch`, or what the model fixes."""
+    return job.batches.batch_size if runs_alone(job, graph) else fitted_batch(job, most)
+
+
 def sized_effort(job: Job) -> Effort:
     """The effort asked for, with batches fitted to a sample's size and to what the model fixes; smaller ones, more steps."""
     effort = EFFORTS[job.config.effort]
@@ -632,7 +686,7 @@ def learning_problem(job: Job, ready: Ready, method: Method | None = None) -> ep
         effort_for(job, ready),
         seed=config.seed,
         multiple=job.batches.batch_size if has_fixed_batch(job) else 1,
-        chunk=job.batches.batch_size if has_fixed_batch(job) and ready.graph is job.graph else 0,
+        chunk=job.batches.batch_size if runs_alone(job, ready.graph) else 0,
         views=config.views,
         cache_bytes=config.cache_mb * 2**20,
         compile=config.compile,

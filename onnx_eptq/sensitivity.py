@@ -175,10 +175,14 @@ def _ranges(setting: Setting, group: Group) -> dict[int, QParams]:
 
 
 def activation_errors(setting: Setting, group: Group) -> dict[int, float]:
-    """Mean squared rounding error per element by width, from the histogram of the value: no run is needed."""
+    """Mean squared rounding error per element by width, from the histogram of the value: no run is needed.
+
+    Where the histogram knows the elements' Label-Free Hessian, they count by it.
+    """
     histogram = setting.stats.histograms[group.name]
-    used = histogram.counts > 0
-    x, share = histogram.centers[used], histogram.counts[used] / histogram.counts.sum().clamp(min=1)
+    counts = histogram.counts if histogram.importance is None else histogram.importance
+    used = counts > 0
+    x, share = histogram.centers[used], counts[used] / counts.sum().clamp(min=1e-30)
     errors = {}
     for bits, qparams in _ranges(setting, group).items():
         exact = QParams(qparams.scale.double(), qparams.zero_point)

@@ -100,6 +100,14 @@ def test_no_choice_within_the_limits_is_better(kinds, data):
     assert found.optimal
 
 
+@pytest.mark.parametrize("most", [0.0, 1e-9, 1.5])
+def test_a_budget_of_nothing_is_met_by_what_costs_nothing(most):
+    program = Program([group("a"), group("b")], {name: {b: 1.0 / b for b in WIDTHS} for name in "ab"})
+    costs = {"a": {2: 0.0, 4: 1.5, 8: 9.5}, "b": {2: 0.0, 4: 1.75, 8: 3.5}}
+    found = program.solve([Limit(Resource("cost", "J", [Amount(single=costs)]), most)])
+    assert found.choice == {"a": 2 if most < 1.5 else 4, "b": 2}
+
+
 @settings(max_examples=8)
 @given(data=st.data())
 def test_a_larger_budget_never_loses_more(data):

@@ -16,6 +16,7 @@ from onnx_eptq.calibrate import (
     MAX_BIAS,
     WEIGHT_CALIBRATORS,
     Histogram,
+    Stats,
     calibrate,
     choose_weight_scales,
     correct_biases,
@@ -26,7 +27,7 @@ from onnx_eptq.calibrate import (
     percentile,
 )
 
-from onnx_eptq.grid import Grid, fake_quantize, quantize as to_codes  # isort: skip
+from onnx_eptq.grid import Grid, affine_qparams, fake_quantize, quantize as to_codes  # isort: skip
 from onnx_eptq.mirror import Probe, build
 from onnx_eptq.plan import Rules
 
@@ -88,7 +89,8 @@ def test_memory_is_constant():
         histogram.update(torch.randn(1000, generator=generator(i)) * 2**i)
         sizes.add(histogram.counts.numel() * histogram.counts.element_size())
     assert sizes == {4096 * 8}
-    assert set(vars(histogram)) == {"counts", "min", "max", "low", "high"}
+    assert set(vars(histogram)) == {"counts", "min", "max", "low", "high", "importance", "leaning"}
+    assert histogram.importance is None  # unless told: as many numbers as there are bins
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3e-30, 1e30, -7.5])
@@ -260,6 +262,47 @@ def test_mse_weighs_what_the_reader_makes_of_a_value():
     seeing = CALIBRATORS["mse"](histogram_of(x), grid, NONE, F.relu)
     error = [float((fake_quantize(x, q, grid).relu() - x.relu()).square().mean()) for q in (blind, seeing)]
     assert error[1] < 0.5 * error[0]
+
+
+def brute_force_hmse(x, counts, grid):
+    """The least weighted squared error over a dense set of ranges, computed here and on the data itself."""
+    low, high = min(float(x.min()), 0), max(float(x.max()), 0)
+    return min(
+        float(((fake_quantize(x, affine_qparams(low * a, high * b, grid), grid) - x).double().square() * counts).mean())
+        for a in np.linspace(0.02, 1, 50)
+        for b in np.linspace(0.02, 1, 50)
+    )
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_hmse_is_near_the_optimum_of_brute_force(bits, monkeypatch):
+    """Half the elements are large and of no importance: more of them saturate."""
+    monkeypatch.setattr(calibration, "SLACK", 0.0)
+    g = generator(11)
+    x = torch.cat([torch.randn(3000, generator=g), 4 * torch.randn(3000, generator=g)])
+    counts = torch.cat([torch.rand(3000, generator=g) + 1, torch.full((3000,), 1e-6)]).double()
+    histogram, grid = histogram_of(x), Grid(bits, False)
+    plain = CALIBRATORS["hmse"](histogram, grid, NONE)
+    assert plain == CALIBRATORS["mse"](histogram, grid, NONE)
+    importance = torch.bincount(histogram.bins_of(x), counts, 4096)
+    histogram.importance = importance / importance.sum()
+    Stats({"x": histogram}).lean(0.9)
+    found = CALIBRATORS["hmse"](histogram, grid, NONE)
+    mixed = 0.9 * counts / counts.mean() + 0.1
+    error = float(((fake_quantize(x, found, grid) - x).double().square() * mixed).mean())
+    assert error <= 1.02 * brute_force_hmse(x, mixed, grid)
+    assert float(found.scale) < 0.95 * float(plain.scale)
+    Stats({"x": histogram}).lean(0)
+    assert CALIBRATORS["hmse"](histogram, grid, NONE) == plain
+
+
+def test_bins_of_are_the_bins_that_were_counted():
+    x = torch.randn(2000, generator=generator(12))
+    histogram = histogram_of(x, torch.tensor([40.0]))
+    bins = histogram.bins_of(torch.cat([x, torch.tensor([40.0])]))
+    counted = torch.bincount(bins, minlength=4096).double()
+    assert float((counted.cumsum(0) - histogram.counts.cumsum(0)).abs().max()) <= 2  # single precision at the edges
+    assert histogram.bins_of(torch.tensor([-torch.inf, torch.inf])).tolist() == [0, 4095]
 
 
 def test_entropy_ignores_the_zeros_behind_a_relu():

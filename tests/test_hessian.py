@@ -8,7 +8,7 @@ from torch.autograd.functional import hessian, jacobian
 import models
 from models import MODELS, i64, parse, prepared, weights
 from onnx_eptq import hessian as lfh
-from onnx_eptq.calibrate import weight_mse
+from onnx_eptq.calibrate import observe, weight_mse
 from onnx_eptq.grid import Grid, QParams, fake_quantize, symmetric_qparams
 from onnx_eptq.hessian import (
     capped,
@@ -19,6 +19,7 @@ from onnx_eptq.hessian import (
     log_normalised,
     position_importance,
     sample_ids,
+    weigh_ranges,
     weight_hessian,
 )
 from onnx_eptq.mirror import Probe, build
@@ -171,6 +172,60 @@ def test_positions_behind_which_no_gradient_is_left_count_alike():
     )  # fmt: skip
     found = position_importance(teacher, graph, layers, [torch.randn(5, 4)])
     assert set(found) == {layers[1].output.name}
+
+
+def slopes_at(teacher, graph, value, samples):
+    """Squared Jacobians of the outputs with respect to a value, summed over outputs; shaped like it."""
+    found = []
+    for i in range(len(samples[0])):
+        inputs = [x[i : i + 1] for x in samples]
+        shift = torch.zeros_like(value_of(teacher, value, inputs))
+        slopes = jacobian(behind(teacher, learning_targets(graph), value, inputs), shift, vectorize=False)
+        found.append(slopes.double().square().sum(0))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", ["residual", "concat", "matmul"])
+def test_ranges_weigh_elements_by_their_exact_gradients(monkeypatch, name):
+    """By an interpreter and autograd's Jacobians; values of one grid are counted in one histogram, each by its gradients."""
+    monkeypatch.setattr(lfh, "FEW_PROBES", ALL)  # unit vectors
+    found = models.cached(name)
+    samples = models.samples_of(found, 3)
+    stats = observe(found.teacher, found.plan, found.layers, found.batches)
+    weigh_ranges(found.teacher, found.graph, found.plan, stats, samples, batch=2)
+    points = [point for point in found.plan.values() if point.role == "activation" and not point.moved]
+    for root, histogram in stats.histograms.items():
+        expected = torch.zeros(4096, dtype=torch.float64)
+        for point in points:
+            if root in (point.value, point.tied_to):
+                slopes = slopes_at(found.teacher, found.graph, point.value, samples)
+                value = torch.cat(
+                    [value_of(found.teacher, point.value, [x[i : i + 1] for x in samples]) for i in range(3)]
+                )
+                edges = np.linspace(histogram.low, histogram.high, 4097)
+                inside = value.double().numpy().clip(histogram.low, histogram.high)
+                expected += torch.from_numpy(np.histogram(inside, edges, weights=slopes.numpy())[0])
+        if root == "shares":  # behind the Softmax at the end
+            assert histogram.importance is None
+            continue
+        expected /= expected.sum()
+        assert histogram.importance is not None
+        difference = (histogram.importance - expected).abs()
+        assert float(difference.sum()) < 1e-3  # but for what lies on the edge of two bins
+
+
+def test_ranges_that_no_gradient_reaches_stay_as_they_are():
+    teacher, graph, layers = net(
+        "(float[N,4] x) => (float[N,3] y) { a = Gemm(x, w, b) r = Relu(a) y = Gemm(r, v) }",
+        w=W(4, 6), b=np.full(6, -99, np.float32), v=W(6, 3),
+    )  # fmt: skip
+    plan = make_plan(graph, models.TARGETS["onnxruntime"], Rules(8, 8))
+    data = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+    stats = observe(teacher, plan, layers, [{"x": data}])
+    weigh_ranges(teacher, graph, plan, stats, [torch.from_numpy(data)])
+    reached = {value: histogram.importance is not None for value, histogram in stats.histograms.items()}
+    assert reached == {"x": False, "r": True, "y": True}
+    assert stats.histograms["x"].weighted() is stats.histograms["x"]
 
 
 def test_a_large_head_does_not_drown_a_small_one():

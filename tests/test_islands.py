@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -115,6 +118,27 @@ def test_control_flow_is_quantized_around_and_verified(tmp_path, name):
     assert {"w0", "w3", "b"} <= set(result.plan)
     assert result.report.fidelity.sqnr_db["y"] > 25
     assert [n.op_type for n in onnx.load(tmp_path / "q.onnx").graph.node].count(name) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_steps_call_the_runtime():
+    """What is traced would be a session's answer to one batch, for good."""
+    proto, curves = choice(), []
+    samples = {"x": np.concatenate([batch["x"] for batch in feeds(proto, count=8)])}
+    for compiled in (False, True):
+        result = pipeline.quantize(proto, samples, steps=8, weight_bits=3, threads=1, compile=compiled)
+        assert result.report.learning is not None
+        curves.append([point["loss"] for point in result.report.learning.curve])
+    assert curves[1] == pytest.approx(curves[0], rel=0.02)
+    assert len(set(curves[0])) > 1
+
+
+def test_importing_the_package_leaves_the_compiler_alone():
+    """torch.compile's own modules take seconds to import, which plain rounding has no use for."""
+    code = "import sys, onnx_eptq.cli, onnx_eptq.pipeline; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_values_that_a_subgraph_captures_cross_a_cut():

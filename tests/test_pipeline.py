@@ -1,6 +1,7 @@
 """`quantize` end to end on the demo model: accuracy of the written file, determinism, sources, options, refusals."""
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import models
 import onnx_eptq
-from onnx_eptq import Config, pipeline, verify
+from onnx_eptq import Config, calibrate, pipeline, verify
 from onnx_eptq import graph as graphs
 from onnx_eptq.errors import (
     CoverageError,
@@ -404,3 +405,39 @@ def test_a_runtime_with_numbers_of_its_own_is_warned_about():
         fidelity = replace(found["onnx"].report.fidelity, sqnr_db={"logits": decibel})
         assert bool(pipeline.runtime_deviations(parity, fidelity)) == warned
     assert pipeline.runtime_deviations(parity, replace(found["onnx"].report.fidelity, sqnr_db={})) == []
+
+
+def test_ranges_weighed_by_gradients_lose_less_at_four_bits() -> None:
+    found = [
+        quantize(DIGITS, CALIB, act_bits=4, calibration=method, threads=1).report.fidelity for method in ("hmse", "mse")
+    ]
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[0].sqnr_db["logits"] > found[1].sqnr_db["logits"] + 0.3
+
+
+def test_gradients_that_mislead_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were all that counts near 0, ranges would saturate nearly everything; the network's output tells."""
+    seen = []
+
+    def mislead(
+        teacher: object, graph: object, plan: object, stats: calibrate.Stats, *args: object, **rest: object
+    ) -> None:
+        for histogram in stats.histograms.values():
+            histogram.importance = torch.zeros_like(histogram.counts)
+            histogram.importance[histogram.bins_of(torch.zeros(1))] = 1.0
+        seen.append(stats)
+
+    monkeypatch.setattr(pipeline.hessian, "weigh_ranges", mislead)
+    monkeypatch.setattr(calibrate, "LEANINGS", (1.0, 0.0))
+    misled = quantize(DIGITS, CALIB, act_bits=4, calibration="hmse", threads=1)
+    plain = quantize(DIGITS, CALIB, act_bits=4, calibration="mse", threads=1)
+    assert {histogram.leaning for histogram in seen[0].histograms.values()} == {0.0}
+    assert list(misled.model.graph.initializer) == list(plain.model.graph.initializer)
+
+
+def test_ranges_without_memory_for_gradients_are_plain_and_it_is_said() -> None:
+    found = quantize(DIGITS, CALIB, act_bits=4, cache_mb=0, threads=1)
+    assert any(re.search(r"gradients need \d+ MB, more than --cache-mb allows", text) for text in found.report.warnings)
+    plain = quantize(DIGITS, CALIB, act_bits=4, calibration="mse", threads=1)
+    assert list(found.model.graph.initializer) == list(plain.model.graph.initializer)

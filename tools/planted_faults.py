@@ -256,6 +256,20 @@ FAULTS = (
         ("hessian",),
     ),
     Fault(
+        "elements of an activation count alike",
+        "calibrate.py",
+        "self.leaning * self.importance",
+        "self.leaning * self.counts / self.counts.sum()",
+        ("calibrate",),
+    ),
+    Fault(
+        "a range is weighed by another value",
+        "hessian.py",
+        "bins = stats.histograms[root].bins_of(value)",
+        "bins = stats.histograms[root].bins_of(square)",
+        ("hessian",),
+    ),
+    Fault(
         "learning sees what it is judged by",
         "eptq.py",
         "return [x[order[held:]] for x in samples], [x[order[:held]] for x in samples]",
