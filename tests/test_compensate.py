@@ -138,14 +138,17 @@ def test_solved_weights_have_no_slope():
 
 
 @pytest.mark.parametrize("counted", [False, True])
-@pytest.mark.parametrize("every", [1, 2])
-def test_moments_are_sums_over_positions(monkeypatch, every, counted):
+@pytest.mark.parametrize(
+    ("every", "needed"), [(1, {"LEAST_ROWS": 1}), (2, {"LEAST_ROWS": 4}), (2, {"ROWS": 10**9, "MOST_ROWS": 4})], ids=str
+)
+def test_moments_are_sums_over_positions(monkeypatch, every, needed, counted):
     """Where there are more positions than needed, every second one of both axes is read, others in each batch."""
     found = models.quantize(KINDS["grouped"])
     (layer,) = found.layers
     weight, generator = found.teacher.constant(layer.weight.name), torch.Generator().manual_seed(0)
     monkeypatch.setattr(comp, "ROWS", 0)
-    monkeypatch.setattr(comp, "LEAST_ROWS", 4 * 30 * 36 // every**2)
+    for limit, part in needed.items():
+        monkeypatch.setattr(comp, limit, part if part == 10**9 else 4 * 30 * 36 // part)
     pairs = [[torch.randn(30, n, 6, 6, generator=generator) for n in (4, 6)] for _ in range(4)]
     importance = [torch.rand(30, 6, 6, generator=generator) if counted else torch.ones(30, 6, 6) for _ in pairs]
     moments = gather(layer, iter(pairs), weight, 120, importance if counted else None)
@@ -185,7 +188,8 @@ def test_a_thinned_layer_is_a_part_of_its_output(kind, every, first):
     bias = found.teacher.constant(layer.bias.name).flatten() if layer.bias is not None else torch.zeros(6)
     expected = torch.from_numpy(run_ort(found.proto, feed)["y"]).movedim(1, -1) - bias
     places = (slice(None), *[slice(first, None, every)] * (x.ndim - 2))
-    torch.testing.assert_close(apply(x, weight).movedim(1, -1), expected[places], rtol=0, atol=1e-5)
+    found = apply(x, weight, layer.node.attrs.get("group", 1))
+    torch.testing.assert_close(found.movedim(1, -1), expected[places], rtol=0, atol=1e-5)
     whole = columns(layer, x, weight).reshape(-1, 3, *expected.shape[1:-1])
     part = columns(layer, x, weight, apply).reshape(-1, 3, *expected[places].shape[1:-1])
     torch.testing.assert_close(part, whole[(slice(None), *places)], rtol=0, atol=1e-5)
