@@ -47,6 +47,7 @@ GROUP = 16  # samples at a time, where the model itself fixes a smaller batch
 MOST_TIMES = 2  # the steps, where batches are smaller than the effort's
 LEARN_ELEMENTS = 8 * 3 * 224 * 224  # of a batch to learn from, unless one sample is larger
 RANGE_BATCH, RANGE_BYTES = 8, 2**28  # samples that gradients of all activations are taken of together, and their memory
+RANGE_COST = 12.0  # of weighing ranges, per sample; unit: a run of the float model
 GRADIENT_BYTES = 24  # that this takes per quantized element
 STEP_COST, START_COST = 1.5, 4.5  # of a step, and of a closed-form start, per sample; unit: a run of the float model
 LEAST_SAMPLES = 32  # that layers are solved with, whatever the memory
@@ -380,9 +381,10 @@ def estimate(job: Job) -> dict[str, float]:
     method, effort = METHODS[job.config.method], sized_effort(job)
     learning = learning_cost(method, effort) * spent / job.batches.batch_size if method.stages else 0.0
     held = 2 * job.config.cache_mb if method.stages else 0
-    measuring = weight_samples(job.batches) / job.batches.batch_size * measuring_runs(job)
+    some = weight_samples(job.batches) / job.batches.batch_size
+    ranges = RANGE_COST * some if job.config.calibration == "hmse" else 0.0
     return {
-        "seconds": spent * (rounds + weights + measuring + 2) + learning + 1,
+        "seconds": spent * (rounds + weights + ranges + some * measuring_runs(job) + 2) + learning + 1,
         "peak_mb": peak + 4 * model_mb + 60 + held,
     }
 
@@ -452,7 +454,7 @@ def observed(job: Job, teacher: mirror.Mirror, batches: Feed, graph: gs.Graph, p
             return stats
         with phases("ranges"):
             hessian.weigh_ranges(teacher, graph, job.plan, stats, samples, batch=batch, seed=job.config.seed)
-            lean(job, teacher, graph, stats, samples, batch)
+            choose_leaning(job, teacher, graph, stats, samples, batch)
     return stats
 
 
@@ -462,7 +464,7 @@ def gradient_bytes(stats: calibrate.Stats) -> int:
     return max(1, round(GRADIENT_BYTES * elements / max(1, stats.samples)))
 
 
-def lean(
+def choose_leaning(
     job: Job,
     teacher: mirror.Mirror,
     graph: gs.Graph,
