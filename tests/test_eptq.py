@@ -752,7 +752,8 @@ def test_interrupted_on_the_command_line_and_resumed(tmp_path):
     time.sleep(2)
     process.send_signal(signal.SIGINT)
     _, text = process.communicate(timeout=60)
-    assert process.returncode == 130
+    # Where an interruption meets code made by exec, as in an import, Python ends itself by the signal: 130 in a shell, too.
+    assert process.returncode in (130, -signal.SIGINT)
     assert "--resume goes on" in text
     assert "Traceback" not in text
     assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "x.npy", "q.onnx.checkpoint"}
