@@ -5,12 +5,13 @@ Statistics know nothing of bits, so bits may change after them.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -75,7 +76,7 @@ class Histogram:
         self.min, self.max = float("inf"), float("-inf")
         self.low, self.high = 0.0, 0.0
         self.importance: Tensor | None = None  # what the elements of each bin count together, from `hessian`
-        self.leaning = LEANINGS[0]
+        self.leaning = LEANINGS[0]  # how far that decides, rather than the number of elements
 
     def update(self, x: Tensor) -> None:
         """Add every element of x; an empty tensor adds nothing."""
@@ -113,8 +114,7 @@ class Histogram:
         """The same data with elements that count by their importance and, a little, all alike."""
         if self.importance is None or self.leaning == 0:
             return self
-        found = Histogram(0)
-        found.min, found.max, found.low, found.high = self.min, self.max, self.low, self.high
+        found = copy.copy(self)
         found.counts = (1 - self.leaning) * self.counts / self.counts.sum() + self.leaning * self.importance
         return found
 
@@ -408,12 +408,12 @@ def _candidates(method: str, point: QuantPoint) -> list[WeightCalibrator]:
     return [*WEIGHT_CALIBRATORS.values(), *shares]
 
 
-def apply_linear(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
-    """The layer's operator without its bias."""
+def apply_linear(layer: Layer, x: Tensor, weight: Tensor, **changed: Any) -> Tensor:
+    """The layer's operator without its bias, with other attributes where `changed` names them."""
     function = op_of(layer.node).function
     attributes = {name: tuple(v) if isinstance(v, list) else v for name, v in layer.node.attrs.items()}
     args = (weight, x) if layer.node.inputs[0] is layer.weight else (x, weight)
-    result: Tensor = function(*args, **attributes)
+    result: Tensor = function(*args, **attributes | changed)
     return result
 
 

@@ -29,7 +29,8 @@ FEW = 10.0  # how much more so when there are as few equations as unknowns
 SHARES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # of the calibrated scale that compete per channel
 LEAST_ROWS = 32768
 ROWS = 64  # equations per unknown that are gathered where the data has them
-MOST_ROWS = 65536  # unless that is more than this: the cost of an equation grows with the square of the unknowns
+MOST_ROWS = 65536  # but no more, as an equation costs the square of the unknowns;
+NEEDED_ROWS = 4  # per unknown, whatever it costs
 SWEEPS = 4  # of coordinate descent
 BLOCK = 64  # columns between two updates of all that follow
 
@@ -59,7 +60,7 @@ def can_solve(layer: Layer) -> bool:
     return layer.axis is not None and (group_count(layer) == 1 or layer.axis == 0)
 
 
-Thinned = Callable[[Tensor, Tensor, int], Tensor]  # input, weight, groups
+Thinned = Callable[..., Tensor]  # input, weight, group=
 Importance = Mapping[str, Sequence[Tensor]]
 
 
@@ -71,19 +72,13 @@ def columns(layer: Layer, x: Tensor, weight: Tensor, apply: Thinned | None = Non
     """
     assert layer.axis is not None
     groups, unit = group_count(layer), weight.movedim(layer.axis, 0)[0]
-    alone = op_of(layer.node).windows
-    one = unit[:1] if alone else unit
-    eye = torch.eye(one.numel(), dtype=x.dtype, device=x.device).reshape(-1, *one.shape)
-    kernels = eye.repeat(x.shape[1] if alone else groups, *[1] * unit.ndim).movedim(0, layer.axis)
-    out = (apply or partial(_windows, layer))(x, kernels, x.shape[1]) if alone else apply_linear(layer, x, kernels)
+    repeats, changed, kernel = groups, {}, unit
+    if op_of(layer.node).windows:
+        repeats, changed, kernel = x.shape[1], {"group": x.shape[1]}, unit[:1]
+    eye = torch.eye(kernel.numel(), dtype=x.dtype, device=x.device).reshape(-1, *kernel.shape)
+    kernels = eye.repeat(repeats, *[1] * unit.ndim).movedim(0, layer.axis)
+    out = (apply or partial(apply_linear, layer))(x, kernels, **changed)
     return out.movedim(layer.output_axis, 0).reshape(groups, unit.numel(), -1)
-
-
-def _windows(layer: Layer, x: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """The convolution with other weights, in that many groups."""
-    attributes = {name: tuple(v) if isinstance(v, list) else v for name, v in layer.node.attrs.items()}
-    result: Tensor = op_of(layer.node).function(x, weight, **{**attributes, "group": groups})
-    return result
 
 
 def thinned(layer: Layer, every: int, first: int) -> Thinned | None:
@@ -100,8 +95,8 @@ def thinned(layer: Layer, every: int, first: int) -> Thinned | None:
         "dilations": tuple(attributes.get("dilations") or [1] * dims),
     }
 
-    def apply(x: Tensor, weight: Tensor, groups: int) -> Tensor:
-        result: Tensor = op_of(layer.node).function(functional.pad(x, edges), weight, group=groups, **changed)
+    def apply(x: Tensor, weight: Tensor, *, group: int) -> Tensor:
+        result: Tensor = op_of(layer.node).function(functional.pad(x, edges), weight, group=group, **changed)
         return result
 
     return apply
@@ -137,7 +132,7 @@ def gather(
     xx, yx, x_sum, y_sum = (torch.zeros(shape, dtype=torch.float64, device=weight.device) for shape in shapes)
     moments = Moments(xx, yx, x_sum, y_sum)
     for index, (x, y) in enumerate(pairs):
-        wanted = min(max(ROWS * unknowns, LEAST_ROWS), max(MOST_ROWS, 4 * unknowns))
+        wanted = min(max(ROWS * unknowns, LEAST_ROWS), max(MOST_ROWS, NEEDED_ROWS * unknowns))
         positions = y.numel() // y.shape[layer.output_axis] // len(y) * samples
         every = math.isqrt(positions // wanted) if positions > wanted and y.ndim == 4 else 1
         offset = index % every

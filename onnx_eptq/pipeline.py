@@ -444,17 +444,17 @@ def observed(job: Job, teacher: mirror.Mirror, batches: Feed, graph: gs.Graph, p
     stats = calibrate.observe(teacher, job.plan, job.layers, phases.over("calibrate", batches, len(batches)))
     if job.config.calibration == "hmse":
         samples = load_samples(teacher, batches.subset(weight_samples(job.batches), job.config.seed))
-        batch = min(RANGE_BATCH, RANGE_BYTES // gradient_bytes(stats))
-        batch = gradient_batch(job, graph, max(1, batch))
-        if batch * gradient_bytes(stats) > job.config.cache_mb * 2**20:
-            wanted = batch * gradient_bytes(stats) // 2**20 + 1
+        each = gradient_bytes(stats)
+        batch = gradient_batch(job, graph, max(1, min(RANGE_BATCH, RANGE_BYTES // each)))
+        wanted = batch * each / 2**20
+        if wanted <= job.config.cache_mb:
+            with phases("ranges"):
+                hessian.weigh_ranges(teacher, graph, job.plan, stats, samples, batch=batch, seed=job.config.seed)
+                choose_leaning(job, teacher, graph, stats, samples, batch)
+        else:
             job.report.warnings.append(
-                f"activation ranges count all errors alike: gradients need {wanted} MB, more than --cache-mb allows"
+                f"activation ranges count all errors alike: gradients need {wanted:.0f} MB, more than --cache-mb allows"
             )
-            return stats
-        with phases("ranges"):
-            hessian.weigh_ranges(teacher, graph, job.plan, stats, samples, batch=batch, seed=job.config.seed)
-            choose_leaning(job, teacher, graph, stats, samples, batch)
     return stats
 
 

@@ -188,7 +188,7 @@ def test_a_thinned_layer_is_a_part_of_its_output(kind, every, first):
     bias = found.teacher.constant(layer.bias.name).flatten() if layer.bias is not None else torch.zeros(6)
     expected = torch.from_numpy(run_ort(found.proto, feed)["y"]).movedim(1, -1) - bias
     places = (slice(None), *[slice(first, None, every)] * (x.ndim - 2))
-    found = apply(x, weight, layer.node.attrs.get("group", 1))
+    found = apply(x, weight, group=layer.node.attrs.get("group", 1))
     torch.testing.assert_close(found.movedim(1, -1), expected[places], rtol=0, atol=1e-5)
     whole = columns(layer, x, weight).reshape(-1, 3, *expected.shape[1:-1])
     part = columns(layer, x, weight, apply).reshape(-1, 3, *expected[places].shape[1:-1])
