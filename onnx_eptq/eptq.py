@@ -26,6 +26,7 @@ from onnx_eptq.compensate import compensate
 from onnx_eptq.grid import along, flat
 from onnx_eptq.methods import Effort, Method, Stage
 from onnx_eptq.mirror import BiasQuantizer, Mirror, Quantizer
+from onnx_eptq.outputs import distributed, judged_targets, learning_targets
 from onnx_eptq.pieces import Piece
 from onnx_eptq.plan import Layer, Plan
 from onnx_eptq.rounding import (
@@ -99,8 +100,11 @@ class Judge:
     Per learning target: the error's share of power, and the divergence of its distribution where it holds one.
     """
 
-    def __init__(self, teacher: Mirror, targets: Sequence[str], samples: list[Tensor], batch: int) -> None:
+    def __init__(
+        self, teacher: Mirror, graph: gs.Graph, targets: Sequence[str], samples: list[Tensor], batch: int
+    ) -> None:
         self.targets, self.samples, self.batch = targets, samples, batch
+        self.axes = distributed(graph, targets)
         self.expected = self._outputs(teacher)
 
     @torch.no_grad()
@@ -114,10 +118,11 @@ class Judge:
     def losses(self, student: Mirror) -> Tensor:
         """What each sample adds to the distance; [samples], float64."""
         total = torch.zeros(len(self.samples[0]), dtype=torch.float64)
-        for expected, found in zip(self.expected, self._outputs(student), strict=True):
+        for target, expected, found in zip(self.targets, self.expected, self._outputs(student), strict=True):
             total += _by_sample((expected - found).square() / expected.square().mean().clamp(min=1e-20), len(total))
-            if is_distribution(expected):
-                total += _by_sample(divergence(found, expected, "none").sum(1), len(total))
+            axis = distribution_axis(expected, self.axes.get(target))
+            if axis is not None:
+                total += _by_sample(divergence(found, expected, axis, "none").sum(1), len(total))
         return total
 
     def distance(self, student: Mirror) -> float:
@@ -155,19 +160,25 @@ def gain(losses: Tensor, kept: Tensor, errors: float = 0.0) -> float:
     return other - found - errors * spread
 
 
-def is_distribution(z: Tensor) -> bool:
-    """Whether an output looks like one score per class: [samples, classes], with any further axes of size 1."""
-    return z.ndim >= 2 and z.shape[1] > 1 and z[0].numel() == z.shape[1]
+def distribution_axis(z: Tensor, known: int | None = None) -> int | None:
+    """The axis along which an output holds one score per class, or None.
+
+    The `known` one, as `outputs.distributed` finds it; else 1 of [samples, classes] with any further axes of size 1.
+    """
+    axis = 1 if known is None else known
+    if z.ndim <= axis or z.shape[axis] < 2:
+        return None
+    return axis if known is not None or z[0].numel() == z.shape[1] else None
 
 
-def divergence(found: Tensor, expected: Tensor, reduction: str = "batchmean") -> Tensor:
-    """Kullback-Leibler divergence of softmax(found) from softmax(expected): mean over samples, or its terms ("none")."""
-    return F.kl_div(
-        F.log_softmax(found.flatten(1), 1),
-        F.log_softmax(expected.flatten(1), 1),
-        log_target=True,
-        reduction=reduction,
-    )
+def divergence(found: Tensor, expected: Tensor, axis: int = 1, reduction: str = "batchmean") -> Tensor:
+    """Kullback-Leibler divergence of softmax(found) from softmax(expected) along an axis.
+
+    Returns:
+        Its mean over all other axes; with reduction "none" its terms [positions, classes], positions in their order.
+    """
+    ours, theirs = (F.log_softmax(z.movedim(axis, -1).reshape(-1, z.shape[axis]), 1) for z in (found, expected))
+    return F.kl_div(ours, theirs, log_target=True, reduction=reduction)
 
 
 def split(samples: Sequence[Tensor], seed: int, multiple: int = 1) -> tuple[list[Tensor], list[Tensor]]:
@@ -323,7 +334,7 @@ def _coefficients(
         problem.teacher, problem.graph, layers, raw, batch=problem.together, seed=problem.seed
     )
     if stage.last == "cap":
-        scores = hessian.capped(scores, hessian.learning_targets(problem.graph))
+        scores = hessian.capped(scores, learning_targets(problem.graph))
     most = max(float(score.mean()) for score in scores.values()) or 1.0
     return [
         (stage.features * _channels(value) / most * scores[layer.output.name]).float().to(value.device)
@@ -392,13 +403,15 @@ class _Piece:
         mine, its = pieces.raw_nodes(student), pieces.raw_nodes(teacher)
         inputs = [pieces.input_nodes(mirror, piece.inputs, first) for mirror in (student, teacher)]
         if whole:  # behind a final Sigmoid: where most of a detector's scores are near 0, the others count
-            targets = hessian.judged_targets(problem.graph)
+            targets = judged_targets(problem.graph)
         else:
             inside = _inside(problem.graph, piece)
-            targets = [target for target in hessian.learning_targets(problem.graph) if target in inside]
+            targets = [target for target in learning_targets(problem.graph) if target in inside]
         self.layers = [layer for layer in piece.layers if layer.output.name in its] if whole and stage.features else []
         compared = [layer.output.name for layer in self.layers]
         self.distributions = len(targets) if whole and stage.kl else 0
+        known = distributed(problem.graph, targets)
+        self.axes = [known.get(target) for target in targets]
         ends = [pieces.final_nodes(mirror) for mirror in (student, teacher)]
         crossing = (
             [] if whole else [name for name in piece.outputs if name not in {t.name for t in problem.graph.outputs}]
@@ -480,9 +493,10 @@ class _Piece:
                 total = total + squared_error(a, b, c)
             else:
                 total = total + (c[index] * (a.float() - b).square().reshape(len(index), -1).mean(1)).mean()
-        for a, b in zip(found[plain:], expected[plain:], strict=True):
-            if is_distribution(b):
-                total = total + self.stage.kl * divergence(a.float(), b)
+        for a, b, known in zip(found[plain:], expected[plain:], self.axes[: self.distributions], strict=True):
+            axis = distribution_axis(b, known)
+            if axis is not None:
+                total = total + self.stage.kl * divergence(a.float(), b, axis)
             else:
                 total = total + self.stage.kl * F.mse_loss(a.float(), b) / b.square().mean().clamp(min=1e-20)
         beta = annealed_beta(step, steps)
@@ -562,11 +576,11 @@ class Learner:
         resume: State | None = None,
     ) -> None:
         self.problem, self.student, self.saved, self.resume = problem, student, saved, resume
-        self.learning = Learning(targets=hessian.learning_targets(problem.graph))
+        self.learning = Learning(targets=learning_targets(problem.graph))
         samples, held = split(problem.samples, problem.seed, problem.multiple)
         self.images = len(samples[0])  # views come behind them; the closed-form start needs samples as they really are
         problem.samples = with_views(samples, count_views(samples, problem.views, problem.cache_bytes), problem.seed)
-        self.judge = Judge(problem.teacher, hessian.judged_targets(problem.graph), held, problem.together)
+        self.judge = Judge(problem.teacher, problem.graph, judged_targets(problem.graph), held, problem.together)
         self.best: Tensors = {}
         self.losses = torch.empty(0, dtype=torch.float64)  # of the best, per held-out sample
         self.stage = self.piece = self.step = 0

@@ -17,69 +17,16 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
-from onnx_eptq import graph as graphs
 from onnx_eptq import pieces
 from onnx_eptq.calibrate import Stats, weight_mse
 from onnx_eptq.grid import QParams
 from onnx_eptq.mirror import Mirror
-from onnx_eptq.ops import Op, op_of
-from onnx_eptq.plan import Layer, Plan, is_constant, is_float, role_of
+from onnx_eptq.outputs import judged_targets, learning_targets
+from onnx_eptq.plan import Layer, Plan
 
 LEANING = 0.5  # how far what positions count leans on their gradients
 FEW_PROBES = 4  # where a mean over channels evens out the rest
 PROBES = 16  # Rademacher vectors: about 10 % error, which no use of the scores notices
-
-
-def learning_targets(graph: gs.Graph) -> list[str]:
-    """The float values that stand for the network's outputs.
-
-    Behind them gradients vanish or end: a final Softmax, Sigmoid, ArgMax, TopK, NonMaxSuppression or detection decode is cut
-    off (`Op.squashes`).
-    """
-    return _ends(graph, lambda op: op.squashes)
-
-
-def judged_targets(graph: gs.Graph) -> list[str]:
-    """The float values that students are judged by: as `learning_targets`, but behind a final Sigmoid, not before it.
-
-    Distances need no gradient, and where most scores are near 0 (objects of a detector) it is the others that count.
-    """
-    return _ends(graph, lambda op: op.squashes and not op.unary)
-
-
-def _ends(graph: gs.Graph, squashes: Callable[[Op], bool]) -> list[str]:
-    return list(dict.fromkeys(name for tensor in graph.outputs for name in _before_squashing(tensor, squashes)))
-
-
-def _activations(node: gs.Node) -> list[gs.Tensor]:
-    return [tensor for tensor in graphs.variables_read(node) if not is_constant(tensor)]
-
-
-def _squashed(tensor: gs.Tensor, known: dict[str, bool], squashes: Callable[[Op], bool]) -> bool:
-    """Whether an operator that squashes lies between the last linear operators and this value."""
-    if tensor.name not in known:
-        known[tensor.name] = any(
-            squashes(op_of(node))
-            or not is_float(tensor)
-            or (role_of(node) != "linear" and any(_squashed(source, known, squashes) for source in _activations(node)))
-            for node in tensor.inputs
-        )
-    return known[tensor.name]
-
-
-def _before_squashing(tensor: gs.Tensor, squashes: Callable[[Op], bool]) -> Iterator[str]:
-    known: dict[str, bool] = {}
-    stack, seen = [tensor], set()
-    while stack:
-        value = stack.pop()
-        if value.name in seen or is_constant(value):
-            continue
-        seen.add(value.name)
-        if not _squashed(value, known, squashes):
-            if is_float(value) and value.inputs:
-                yield value.name
-            continue
-        stack += reversed(_activations(value.inputs[0]))
 
 
 def per_sample(x: Tensor, samples: int, channel_axis: int) -> Tensor:

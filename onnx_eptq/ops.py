@@ -145,15 +145,20 @@ def _transposed(attributes: Attributes, axis: int, before: Sequence[Any], _after
 
 
 def _reshaped(_attributes: Attributes, axis: int, before: Sequence[Any], after: Sequence[Any] | None) -> int | None:
-    """`Op.carries` of an operator that keeps the elements' order: a last axis that stays, or one behind which all are 1."""
+    """`Op.carries` of an operator that keeps the elements' order: an axis that stays, with as many elements behind it."""
     if not after or not isinstance(before[axis], int):
         return None
-    if axis == len(before) - 1 and after[-1] == before[axis]:
-        return len(after) - 1
-    if any(size != 1 for size in before[axis + 1 :]):
+    if list(before[: axis + 1]) == list(after[: axis + 1]) and all(isinstance(n, int | str) for n in before[:axis]):
+        return axis
+    behind = _elements(before[axis + 1 :])
+    if behind is None:
         return None
-    last = max((i for i, size in enumerate(after) if size != 1), default=0)
-    return last if after[last] == before[axis] else None
+    fits = (i for i, n in enumerate(after) if n == before[axis] and _elements(after[i + 1 :]) == behind)
+    return next(fits, None)
+
+
+def _elements(shape: Sequence[Any]) -> int | None:
+    return math.prod(shape) if all(isinstance(size, int) for size in shape) else None
 
 
 def op(role: Role | Callable[[Attributes], Role], **facts: Any) -> Callable[[Function], Function]:

@@ -29,6 +29,7 @@ from onnx_eptq.equalize import equalize
 from onnx_eptq.errors import CoverageError, DataError, ModelError, OutputError, UsageError, VerificationError
 from onnx_eptq.methods import EFFORTS, METHODS, Effort, Method
 from onnx_eptq.mixed import Mixed
+from onnx_eptq.outputs import class_axes, judged_targets, selections
 from onnx_eptq.plan import Layer, Plan, Rules, check_ops, check_plan, linear_layers, make_plan
 from onnx_eptq.prepare import add_biases, free_batch, prepare
 from onnx_eptq.report import Phases, Report, find_islands, measure_coverage
@@ -476,7 +477,7 @@ def choose_leaning(
 
     Gradients are a linear approximation, and tails are seen in few samples: what they say may be too much.
     """
-    judge = eptq.Judge(teacher, hessian.judged_targets(graph), samples, batch)
+    judge = eptq.Judge(teacher, graph, judged_targets(graph), samples, batch)
     points = Plan({value: point for value, point in job.plan.items() if point.role in ("activation", "constant")})
     readers = calibrate.elementwise_readers(job.graph)
     distances = {}
@@ -737,7 +738,7 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
         with phases("compare"):
             some = job.batches.subset(FIDELITY_SAMPLES, job.config.seed)
             report.fidelity = verify.measure_fidelity(
-                job.source, staged.path, some, threads, verify.selections(job.graph)
+                job.source, staged.path, some, threads, selections(job.graph), class_axes(job.graph)
             )
         report.warnings += low_fidelity(report.fidelity) + runtime_deviations(report.parity, report.fidelity)
         report.bytes = graphs.file_bytes(staged.path)

@@ -29,6 +29,7 @@ from onnx_eptq.compensate import Moments, as_rows, from_rows
 from onnx_eptq.eptq import Judge
 from onnx_eptq.grid import Grid, QParams, fake_quantize
 from onnx_eptq.mirror import Mirror, Probe
+from onnx_eptq.outputs import learning_targets
 from onnx_eptq.plan import Layer, Plan
 from onnx_eptq.widths import Group, with_widths
 
@@ -134,7 +135,7 @@ def _projected(
 @measure("output")
 def output(setting: Setting, groups: Sequence[Group]) -> Iterator[Row]:
     """The distance of the outputs with one quantizer at a time, all others off."""
-    judge = Judge(setting.teacher, hessian.learning_targets(setting.graph), list(setting.samples), setting.batch)
+    judge = Judge(setting.teacher, setting.graph, learning_targets(setting.graph), list(setting.samples), setting.batch)
     device = setting.samples[0].device
     for group in groups:
         if group.role == "activation":
@@ -197,7 +198,7 @@ def _curvature(setting: Setting, names: Sequence[str]) -> dict[str, float]:
     totals = dict.fromkeys(unique, 0.0)
     found = hessian.squared_gradients(
         setting.teacher,
-        hessian.learning_targets(setting.graph),
+        learning_targets(setting.graph),
         unique,
         setting.samples,
         batch=setting.batch,
@@ -213,7 +214,7 @@ def _curvature(setting: Setting, names: Sequence[str]) -> dict[str, float]:
 @torch.no_grad()
 def _output_power(setting: Setting) -> float:
     """Mean squared norm of the learning targets per sample, in the scale that `hessian` takes them in."""
-    targets = hessian.learning_targets(setting.graph)
+    targets = learning_targets(setting.graph)
     if len(targets) > 1:
         return float(len(targets))  # brought to power 1 each
     total = 0.0

@@ -13,18 +13,15 @@ from typing import TypeAlias
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import torch
 from torch import Tensor, fx
 
-from onnx_eptq import graph as graphs
 from onnx_eptq.calibrate import Batch, apply_linear, feed
 from onnx_eptq.errors import VerificationError
 from onnx_eptq.grid import Quantized, dequantize, quantize
 from onnx_eptq.mirror import Mirror, Probe
-from onnx_eptq.ops import op_of
-from onnx_eptq.plan import Layer, Plan, is_float, role_of
+from onnx_eptq.plan import Layer, Plan, role_of
 
 Source: TypeAlias = onnx.ModelProto | str | PathLike[str]
 RUNTIME = str(ort.__version__)
@@ -429,19 +426,6 @@ def _check_basic(parity: Parity, off: Mapping[str, np.ndarray], basic: Mapping[s
             )
 
 
-def selections(graph: gs.Graph) -> dict[str, list[str]]:
-    """For every output whose elements an operator selects: the float values that it, and what follows it, picks from."""
-    sources: dict[str, dict[str, None]] = {}  # of each value behind a selection
-    for node in graph.nodes:
-        read = graphs.variables_read(node)
-        if op_of(node).selects or any(tensor.name in sources for tensor in read):
-            found = {tensor.name: None for tensor in read if is_float(tensor) and tensor.name not in sources}
-            for tensor in read:
-                found |= sources.get(tensor.name, {})
-            sources |= {tensor.name: found for tensor in node.outputs}
-    return {tensor.name: list(sources[tensor.name]) for tensor in graph.outputs if tensor.name in sources}
-
-
 def _watching(model: Source, wanted: Iterable[str], threads: int) -> tuple[ort.InferenceSession, list[str]]:
     """A session at full optimisation whose outputs are the network's and those of the `wanted` values that it has."""
     opened, folder = _opened(model)
@@ -457,13 +441,15 @@ def measure_fidelity(
     batches: Iterable[Batch],
     threads: int = 0,
     selected: Mapping[str, Sequence[str]] | None = None,
+    axes: Mapping[str, int] | None = None,
 ) -> Fidelity:
     """Signal-to-noise ratio (dB) and argmax agreement (%) of every float output, both models at full optimisation.
 
-    Agreement is over axis 1 (or the last one of two), where that axis has at least two entries. Instead of the outputs that
-    are keys of `selected` (as `selections` returns them) the values that they were picked from are compared.
+    Agreement is along the axis that `axes` names for an output (as `outputs.class_axes` finds it), or else the last one of
+    two, where that has at least two entries. Instead of the outputs that are keys of `selected` (as `outputs.selections`
+    returns them) the values that they were picked from are compared.
     """
-    selected = selected or {}
+    selected, axes = selected or {}, axes or {}
     inner = [name for names in selected.values() for name in names]
     (ours, known), (theirs, found_too) = (_watching(model, inner, threads) for model in (float_model, written))
     names = [name for name in known if name in found_too and name not in selected]
@@ -479,8 +465,9 @@ def measure_fidelity(
                 )
         noise.add(expected, found)
         for name, a in expected.items():
-            if a.ndim >= 2 and a.shape[1] > 1:
-                same = a.argmax(1) == found[name].argmax(1)
+            axis = axes.get(name, 1 if a.ndim == 2 else None)
+            if axis is not None and a.ndim > axis and a.shape[axis] > 1:
+                same = a.argmax(axis) == found[name].argmax(axis)
                 agree[name] += int(same.sum())
                 total[name] += same.size
     agreement = {name: round(100 * agree[name] / total[name], 2) for name in total if total[name]}

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 import models
 import onnx_eptq
 from models import MODELS, f32, i64, parse, weights
-from onnx_eptq import checkpoint, eptq, hessian, pieces, pipeline
+from onnx_eptq import checkpoint, eptq, pieces, pipeline
 from onnx_eptq.compensate import compensate
 from onnx_eptq.eptq import Judge, Learner
 from onnx_eptq.errors import UsageError
 from onnx_eptq.methods import EFFORTS, METHODS, Method, Stage
 from onnx_eptq.mirror import BiasQuantizer, Quantizer
+from onnx_eptq.outputs import judged_targets
 from onnx_eptq.plan import Rules
 from onnx_eptq.rounding import ROUNDINGS, LearnedBias, LearnedScale
 
@@ -267,7 +268,7 @@ def test_what_is_distilled_and_judged(name):
 def test_distance_by_hand():
     found = case("two heads")
     samples = models.samples_of(found, 20)
-    judge = Judge(found.teacher, ["y", "z"], samples, batch=7)
+    judge = Judge(found.teacher, found.graph, ["y", "z"], samples, batch=7)
     assert judge.distance(found.teacher) == 0
     raw = [pieces.raw_nodes(mirror) for mirror in (found.teacher, found.student)]
     pairs = [
@@ -395,7 +396,7 @@ def test_outputs_are_compared_behind_a_final_sigmoid():
     running = piece_of(found, Stage("network", "latent", features=0, kl=1.0))
     index = torch.arange(8)
     expected = running._expected(index)
-    assert hessian.judged_targets(found.graph) == [found.graph.outputs[0].name]
+    assert judged_targets(found.graph) == [found.graph.outputs[0].name]
     assert all(bool(((value >= 0) & (value <= 1)).all()) for value in expected)
     with torch.no_grad():
         (mine,) = running.student(*running.inputs(index))

@@ -6,16 +6,14 @@ import torch
 from torch.autograd.functional import hessian, jacobian
 
 import models
-from models import MODELS, i64, parse, prepared, weights
+from models import MODELS, parse, prepared, weights
 from onnx_eptq import hessian as lfh
 from onnx_eptq.calibrate import observe, weight_mse
 from onnx_eptq.grid import Grid, QParams, fake_quantize, symmetric_qparams
 from onnx_eptq.hessian import (
     capped,
     hmse_scales,
-    judged_targets,
     label_free_hessian,
-    learning_targets,
     log_normalised,
     position_importance,
     sample_ids,
@@ -23,6 +21,7 @@ from onnx_eptq.hessian import (
     weight_hessian,
 )
 from onnx_eptq.mirror import Probe, build
+from onnx_eptq.outputs import judged_targets, learning_targets
 from onnx_eptq.plan import Rules, linear_layers, make_plan
 
 ALL = 10**6  # probes: more than any output has elements, so that unit vectors are used
@@ -284,28 +283,6 @@ def test_whole_batches_estimate_the_same_weights():
     for name, expected in single.items():
         assert float((whole[name] - expected).norm() / expected.norm()) < 0.2
         assert float(whole[name].sum() / expected.sum()) == pytest.approx(1, abs=0.1)
-
-
-ENDS = {  # what stands behind `h = MatMul(x, w)`: the targets
-    "y = Relu(h)": ["y"],
-    "y = Softmax(h)": ["h"],
-    "y = LogSoftmax(h)": ["h"],
-    "y = Sigmoid(h)": ["h"],
-    "t = Tanh(h) y = Softmax(t)": ["t"],
-    "s = Softmax(h) i = ArgMax <axis=1, keepdims=0> (s) y = Cast <to=1> (i)": ["h"],
-    "s = Sigmoid(h) y = Mul(h, s)": ["h"],
-    "s = Sigmoid(h) m = Mul(h, s) y = MatMul(m, v)": ["y"],
-    "s = Softmax(h) r = Reshape(s, flat) y = Identity(r)": ["h"],
-    "a = MatMul(h, v) b = MatMul(h, v) s = Softmax(a) t = Sigmoid(b) y = Concat <axis=1> (s, t)": ["a", "b"],
-}
-
-
-@pytest.mark.parametrize("end", ENDS)
-def test_squashing_ends_are_cut_off(end):
-    _, graph, _ = net(
-        f"(float[N,4] x) => (float[N,k] y) {{ h = MatMul(x, w) {end} }}", w=W(4, 4), v=W(4, 4), flat=i64(-1, 4)
-    )
-    assert sorted(learning_targets(graph)) == ENDS[end]
 
 
 def test_log_normalised_layers():

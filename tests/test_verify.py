@@ -385,7 +385,23 @@ def test_fidelity_of_a_model_with_itself():
     fidelity = measure_fidelity(proto, proto, feeds(proto), threads=1)
     assert set(fidelity.sqnr_db) == {"flat", "mean"}
     assert min(fidelity.sqnr_db.values()) > 200
-    assert fidelity.agreement == {"flat": 100.0, "mean": 100.0}
+    assert fidelity.agreement == {"flat": 100.0}  # the other one has no axis of classes
+    axes = {"flat": 0, "mean": 1}
+    assert measure_fidelity(proto, proto, feeds(proto), threads=1, axes=axes).agreement == {
+        "flat": 100.0,
+        "mean": 100.0,
+    }
+
+
+def test_agreement_is_along_the_axis_of_the_classes():
+    found = cached("attention", 3, 8)
+    name = found.proto.graph.output[0].name
+    pairs = [[run_ort(p, b, level="ENABLE_ALL")[name] for b in found.batches] for p in (found.proto, found.written)]
+    a, b = (np.concatenate(part) for part in pairs)
+    for axis in range(1, a.ndim):
+        share = 100 * (a.argmax(axis) == b.argmax(axis)).mean()
+        fidelity = measure_fidelity(found.proto, found.written, found.batches, threads=1, axes={name: axis})
+        assert fidelity.agreement == {name: pytest.approx(share, abs=0.01)}
 
 
 def test_fidelity_has_no_agreement_where_there_is_nothing_to_choose():

@@ -43,6 +43,7 @@ from common import (
 
 from onnx_eptq import eptq, pipeline
 from onnx_eptq.methods import METHODS, Method, Stage
+from onnx_eptq.outputs import learning_targets
 from onnx_eptq.pipeline import Job, Ready
 from onnx_eptq.write import write
 
@@ -167,7 +168,7 @@ class Bench:
         names = [tensor.name for tensor in problem.graph.inputs]
         device = problem.samples[0].device
         held = [torch.from_numpy(np.concatenate([s[name] for s in self.data.held])).to(device) for name in names]
-        judge = eptq.Judge(problem.teacher, eptq.hessian.learning_targets(problem.graph), held, problem.effort.batch)
+        judge = eptq.Judge(problem.teacher, problem.graph, learning_targets(problem.graph), held, problem.effort.batch)
         return judge.distance(student)
 
     def score(self, job: Job, student: Any) -> dict[str, float]:

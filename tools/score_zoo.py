@@ -61,6 +61,7 @@ def _single(arrays: dict[str, Any]) -> list[dict[str, Any]]:
 def rounded(path: Path, weight_bits: int, threads: int) -> dict[str, Any]:
     """Plain rounding with 8-bit activations: coverage, parity, fidelity of the written file."""
     from onnx_eptq import pipeline, verify
+    from onnx_eptq.outputs import selections
     from onnx_eptq.report import Phases
 
     phases = Phases()
@@ -71,7 +72,7 @@ def rounded(path: Path, weight_bits: int, threads: int) -> dict[str, Any]:
         )
         ready = pipeline.calibrated(job, phases)
         pipeline.finish(job, ready.student, output, phases)
-        selected = verify.selections(job.graph)
+        selected = selections(job.graph)
         fidelity = verify.measure_fidelity(path, output, held_out(path), threads, selected)
         size = output.stat().st_size
     report, parity = job.report, job.report.parity
@@ -171,6 +172,7 @@ def static(path: Path, threads: int) -> dict[str, Any]:
     from ort_static import Reader, limit_threads
 
     from onnx_eptq import verify
+    from onnx_eptq.outputs import selections
 
     logging.disable(logging.CRITICAL)  # it warns once per tensor
     limit_threads(threads)
@@ -192,7 +194,7 @@ def static(path: Path, threads: int) -> dict[str, Any]:
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
         )
-        selected = verify.selections(prepared_graph(path))
+        selected = selections(prepared_graph(path))
         return {"sqnr_db": verify.measure_fidelity(path, output, held_out(path), threads, selected).sqnr_db}
 
 

@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from common import add_demo, add_preprocessing, calibrated, markdown, preprocessing_settings, run_measured
 
-from onnx_eptq import eptq, hessian, mirror, pieces, pipeline
+from onnx_eptq import eptq, mirror, pieces, pipeline
 from onnx_eptq.methods import METHODS
+from onnx_eptq.outputs import learning_targets
 
 Step = Callable[[int], None]
 SCHEDULE = 1000  # steps that the schedules believe in
@@ -55,7 +56,7 @@ def training_step(problem: eptq.Problem) -> Step:
     parameters = [net.constant(name).requires_grad_() for name in names if name in net.constants]
     optimizer = torch.optim.Adam(parameters, lr=1e-6)
     order = eptq._Order(len(problem.samples[0]), problem.effort.batch, 0)
-    targets = hessian.learning_targets(problem.graph)
+    targets = learning_targets(problem.graph)
     student, teacher = (_until(each, targets) for each in (net, problem.teacher))
 
     def step(_index: int) -> None:
@@ -77,8 +78,8 @@ def _until(net: mirror.Mirror, targets: list[str]) -> pieces.Function:
 
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    likely = eptq.is_distribution(expected)
-    return eptq.divergence(found, expected) if likely else F.mse_loss(found, expected)
+    axis = eptq.distribution_axis(expected)
+    return F.mse_loss(found, expected) if axis is None else eptq.divergence(found, expected, axis)
 
 
 def steps(options: argparse.Namespace, kinds: tuple[str, ...]) -> dict[str, Step]:

@@ -22,6 +22,7 @@ from common import add_demo, add_preprocessing, chart, markdown, preprocessing_s
 from torch import Tensor
 
 from onnx_eptq import hessian, pieces, pipeline
+from onnx_eptq.outputs import learning_targets
 from onnx_eptq.plan import Layer
 
 Traces = dict[str, Tensor]  # by layer output; shape [samples]
@@ -38,7 +39,7 @@ class Study:
         everything = pipeline.load_samples(self.teacher, batches)
         chosen = hessian.sample_ids(len(everything[0]), options.samples, options.seed)
         self.samples, self.batch = [x[chosen] for x in everything], options.batch
-        raw, self.targets = pieces.raw_nodes(self.teacher), hessian.learning_targets(self.graph)
+        raw, self.targets = pieces.raw_nodes(self.teacher), learning_targets(self.graph)
         if len(self.targets) != 1:
             sys.exit(
                 f"{options.model} has {len(self.targets)} outputs to learn from; one is wanted, with a score per class"

@@ -1,0 +1,122 @@
+"""The network's outputs: what stands for them in learning, what they were picked from, and where their classes lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import onnx_graphsurgeon as gs
+
+from onnx_eptq.graph import is_op, variables_read
+from onnx_eptq.ops import Op, op_of
+from onnx_eptq.plan import is_constant, is_float, role_of
+
+_DISTRIBUTES = ("Softmax", "LogSoftmax", "Hardmax")
+
+
+def learning_targets(graph: gs.Graph) -> list[str]:
+    """The float values that stand for the network's outputs.
+
+    Behind them gradients vanish or end: a final Softmax, Sigmoid, ArgMax, TopK, NonMaxSuppression or detection decode is cut
+    off (`Op.squashes`).
+    """
+    return _ends(graph, lambda op: op.squashes)
+
+
+def judged_targets(graph: gs.Graph) -> list[str]:
+    """The float values that students are judged by: as `learning_targets`, but behind a final Sigmoid, not before it.
+
+    Distances need no gradient, and where most scores are near 0 (objects of a detector) it is the others that count.
+    """
+    return _ends(graph, lambda op: op.squashes and not op.unary)
+
+
+def _ends(graph: gs.Graph, squashes: Callable[[Op], bool]) -> list[str]:
+    return list(dict.fromkeys(name for tensor in graph.outputs for name in _before_squashing(tensor, squashes)))
+
+
+def _activations(node: gs.Node) -> list[gs.Tensor]:
+    return [tensor for tensor in variables_read(node) if not is_constant(tensor)]
+
+
+def _squashed(tensor: gs.Tensor, known: dict[str, bool], squashes: Callable[[Op], bool]) -> bool:
+    """Whether an operator that squashes lies between the last linear operators and this value."""
+    if tensor.name not in known:
+        known[tensor.name] = any(
+            squashes(op_of(node))
+            or not is_float(tensor)
+            or (role_of(node) != "linear" and any(_squashed(source, known, squashes) for source in _activations(node)))
+            for node in tensor.inputs
+        )
+    return known[tensor.name]
+
+
+def _before_squashing(tensor: gs.Tensor, squashes: Callable[[Op], bool]) -> Iterator[str]:
+    known: dict[str, bool] = {}
+    stack, seen = [tensor], set()
+    while stack:
+        value = stack.pop()
+        if value.name in seen or is_constant(value):
+            continue
+        seen.add(value.name)
+        if not _squashed(value, known, squashes):
+            if is_float(value) and value.inputs:
+                yield value.name
+            continue
+        stack += reversed(_activations(value.inputs[0]))
+
+
+def selections(graph: gs.Graph) -> dict[str, list[str]]:
+    """For every output whose elements an operator selects: the float values that it, and what follows it, picks from."""
+    sources: dict[str, dict[str, None]] = {}  # of each value behind a selection
+    for node in graph.nodes:
+        read = variables_read(node)
+        if op_of(node).selects or any(tensor.name in sources for tensor in read):
+            found = {tensor.name: None for tensor in read if is_float(tensor) and tensor.name not in sources}
+            for tensor in read:
+                found |= sources.get(tensor.name, {})
+            sources |= {tensor.name: found for tensor in node.outputs}
+    return {tensor.name: list(sources[tensor.name]) for tensor in graph.outputs if tensor.name in sources}
+
+
+def class_axes(graph: gs.Graph) -> dict[str, int]:
+    """The axis along which an output holds one number per class, of each output for which the graph tells.
+
+    That of the Softmax or linear operator it comes from, followed through what lies between; else the last one of two.
+    """
+    known: dict[str, int] = {}
+    for node in graph.nodes:
+        for tensor in node.outputs:
+            axis = _axis_of(node, tensor, known)
+            if axis is not None:
+                known[tensor.name] = axis
+    pairs = {tensor.name: 1 for tensor in graph.outputs if tensor.shape is not None and len(tensor.shape) == 2}
+    return pairs | {tensor.name: known[tensor.name] for tensor in graph.outputs if tensor.name in known}
+
+
+def _axis_of(node: gs.Node, tensor: gs.Tensor, known: Mapping[str, int]) -> int | None:
+    """Where the node's output `tensor` has its classes, given the axes of values before it."""
+    if tensor.shape is None:
+        return None
+    rank, op = len(tensor.shape), op_of(node)
+    if is_op(node, *_DISTRIBUTES):
+        return int(node.attrs.get("axis", -1)) % rank
+    if role_of(node) == "linear":
+        return op.output_axis % rank
+    for source in _activations(node):
+        if source.name in known and source.shape is not None:
+            if op.carries is not None:
+                return op.carries(node.attrs, known[source.name], source.shape, tensor.shape)
+            if len(source.shape) == rank:
+                return known[source.name]
+    return None
+
+
+def distributed(graph: gs.Graph, targets: Iterable[str]) -> dict[str, int]:
+    """Of the values named, those that a Softmax, ArgMax or the like reads: the axis along which it does."""
+    tensors, found = graph.tensors(), {}
+    for name in targets:
+        for reader in tensors[name].outputs:
+            if is_op(reader, *_DISTRIBUTES, "ArgMax") and tensors[name].shape is not None:
+                default = 0 if reader.op == "ArgMax" else -1
+                found[name] = int(reader.attrs.get("axis", default)) % len(tensors[name].shape)
+    return found

@@ -1,0 +1,73 @@
+"""What the network's outputs are: targets behind which nothing squashes, and where their classes lie."""
+
+import numpy as np
+import pytest
+
+from models import i64, parse, prepared, weights
+from onnx_eptq.outputs import class_axes, distributed, learning_targets
+
+W = weights(3)
+
+ENDS = {  # what stands behind `h = MatMul(x, w)`: the targets
+    "y = Relu(h)": ["y"],
+    "y = Softmax(h)": ["h"],
+    "y = LogSoftmax(h)": ["h"],
+    "y = Sigmoid(h)": ["h"],
+    "t = Tanh(h) y = Softmax(t)": ["t"],
+    "s = Softmax(h) i = ArgMax <axis=1, keepdims=0> (s) y = Cast <to=1> (i)": ["h"],
+    "s = Sigmoid(h) y = Mul(h, s)": ["h"],
+    "s = Sigmoid(h) m = Mul(h, s) y = MatMul(m, v)": ["y"],
+    "s = Softmax(h) r = Reshape(s, flat) y = Identity(r)": ["h"],
+    "a = MatMul(h, v) b = MatMul(h, v) s = Softmax(a) t = Sigmoid(b) y = Concat <axis=1> (s, t)": ["a", "b"],
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_squashing_ends_are_cut_off(end):
+    text = f"(float[N,4] x) => (float[N,k] y) {{ h = MatMul(x, w) {end} }}"
+    graph = prepared(parse(text, w=W(4, 4), v=W(4, 4), flat=i64(-1, 4)))
+    assert sorted(learning_targets(graph)) == ENDS[end]
+
+
+CLASSES = {  # what stands behind `h`, a Conv of [N,5,8,8]: the output's rank and its axis of classes
+    "y = Relu(h)": (4, 1),
+    "y = Transpose <perm=[0,2,3,1]> (h)": (4, 3),
+    "t = Transpose <perm=[0,2,3,1]> (h) y = Softmax(t)": (4, 3),
+    "y = Softmax <axis=2> (h)": (4, 2),  # whatever made it
+    'y = Resize <mode="linear"> (h, , twice)': (4, 1),
+    "s = Sigmoid(h) y = Mul(s, h)": (4, 1),
+    "y = Concat <axis=2> (h, h)": (4, 1),
+    "r = Reshape(h, cells) y = Transpose <perm=[0,2,1]> (r)": (3, 2),
+    "y = Reshape(h, mixed)": (3, None),
+    "r = Reshape(h, flat) y = MatMul(r, v)": (2, 1),
+    "r = Reshape(h, mixed) y = MatMul(r, u)": (3, 2),
+    "r = Reshape(h, mixed) a = MatMul(r, u) b = Reshape(a, rows) y = LogSoftmax(b)": (2, 1),
+    "y = Reshape(h, flat)": (2, 1),
+}
+
+
+@pytest.mark.parametrize("end", CLASSES)
+def test_where_the_classes_lie(end):
+    rank, axis = CLASSES[end]
+    dims = ",".join("abcd"[:rank])
+    shapes = {"cells": i64(0, 5, -1), "mixed": i64(0, 8, -1), "flat": i64(0, 320), "rows": i64(-1, 6)}
+    values = {"w": W(5, 3, 1, 1), "v": W(320, 4), "u": W(40, 6), "twice": np.array([1, 1, 2, 2], np.float32)}
+    proto = parse(f"(float[N,3,8,8] x) => (float[{dims}] y) {{ h = Conv(x, w) {end} }}", **values, **shapes)
+    assert class_axes(prepared(proto)) == ({} if axis is None else {"y": axis})
+
+
+READERS = {
+    "y = Softmax <axis=1> (h)": {"h": 1},
+    "y = Softmax(h)": {"h": 2},
+    "i = ArgMax <axis=2> (h) y = Cast <to=1> (i)": {"h": 2},
+    "i = ArgMax(h) y = Cast <to=1> (i)": {"h": 0},
+    "y = Sigmoid(h)": {},
+    "y = Relu(h)": {},
+}
+
+
+@pytest.mark.parametrize("end", READERS)
+def test_what_is_a_distribution_along_an_axis(end):
+    dims = "a,b" if "ArgMax <" in end else "a,b,c"
+    graph = prepared(parse(f"(float[N,5,4] x) => (float[{dims}] y) {{ h = MatMul(x, w) {end} }}", w=W(4, 7)))
+    assert distributed(graph, learning_targets(graph)) == READERS[end]
