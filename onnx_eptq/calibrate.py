@@ -160,9 +160,10 @@ class _Mean:
 
 
 def feed(mirror: Mirror, batch: Batch) -> list[Tensor]:
-    """The batch as positional tensors on the mirror's device."""
+    """The batch as positional tensors on the mirror's device; a sample that is fed alone gets a batch axis."""
     device = next((parameter.device for parameter in mirror.parameters()), torch.device("cpu"))
-    return [torch.from_numpy(np.asarray(batch[name], order="C")).to(device) for name in mirror.input_names]
+    tensors = [torch.from_numpy(np.asarray(batch[name], order="C")).to(device) for name in mirror.input_names]
+    return [x[None] for x in tensors] if mirror.whole else tensors
 
 
 @torch.no_grad()

@@ -357,7 +357,7 @@ def _settle(layer: Layer, student: Mirror, teacher: Mirror, moments: Moments) ->
     latent, scale = descend(latent, rows, covariance, scale, grid)
     student.constant(layer.weight.name).copy_(from_rows(layer, latent.float(), weight))
     quantizer.scale.copy_(scale.reshape(quantizer.scale.shape).float())
-    if layer.bias is not None:
+    if layer.bias is not None and layer.bias.name in student.quantizers:  # others are written as they are
         rounded = as_rows(layer, quantizer(student.constant(layer.weight.name))).double()
         shift = (moments.y - (rounded @ moments.x[:, :, None])[:, :, 0]) / moments.count
         bias = student.constant(layer.bias.name)

@@ -538,9 +538,14 @@ def _dropped(dropped: int, total: int, batch_size: int) -> None:
     logger.warning("dropped %d of %d samples: the model takes batches of exactly %d", dropped, total, batch_size)
 
 
+def feeds_whole(shapes: Iterable[Sequence[Any]]) -> bool:
+    """Whether inputs of these shapes have no batch axis in common, so that one sample is all that the model takes in a run."""
+    known = [tuple(shape) for shape in shapes]
+    return not all(known) or len({shape[0] if isinstance(shape[0], int) else None for shape in known}) > 1
+
+
 def _whole(inputs: Sequence[InputSpec]) -> bool:
-    """Tell whether the inputs have no batch axis in common, so that one sample is all that the model takes in a run."""
-    return any(not spec.shape for spec in inputs) or len({spec.shape[0] for spec in inputs}) > 1
+    return feeds_whole(spec.shape for spec in inputs)
 
 
 def _specs(inputs: Sequence[InputSpec]) -> tuple[InputSpec, ...]:

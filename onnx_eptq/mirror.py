@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from onnx_eptq import graph as graphs
 from onnx_eptq import grid as grids
+from onnx_eptq.data import feeds_whole
 from onnx_eptq.grid import QParams, Quantized
 from onnx_eptq.islands import Island
 from onnx_eptq.ops import op_of
@@ -66,6 +67,8 @@ class BiasQuantizer(nn.Module):
 class Mirror(fx.GraphModule):
     """The traced module. Inputs are positional in the graph's order, outputs a tuple in the graph's order.
 
+    Where inputs have no batch axis in common (`data.feeds_whole`), each comes with an axis of size 1 in front of its own.
+
     `node.meta["value"]` names the ONNX value that an fx node holds in its final (quantized, if planned) form;
     `node.meta["onnx"]` the ONNX node it computes.
     """
@@ -74,12 +77,13 @@ class Mirror(fx.GraphModule):
     constants: dict[str, str]  # value -> parameter or buffer name
     input_names: list[str]
     output_names: list[str]
+    whole: bool
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mirror:
         """An independent copy; fx alone would forget the tables above."""
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, Mirror)
-        for table in ("quantizers", "constants", "input_names", "output_names"):
+        for table in ("quantizers", "constants", "input_names", "output_names", "whole"):
             setattr(twin, table, copy.deepcopy(getattr(self, table)))
         return twin
 
@@ -232,8 +236,10 @@ class _Builder:
         self.put(point.value, after)
 
     def build(self) -> Mirror:
+        whole = feeds_whole(tensor.shape or () for tensor in self.source.inputs)
         for tensor in self.source.inputs:
-            self.put(tensor.name, self.graph.placeholder(_identifier(tensor.name, self.taken)))
+            place = self.graph.placeholder(_identifier(tensor.name, self.taken))
+            self.put(tensor.name, self.graph.call_function(_alone, (place,)) if whole else place)
         for item in walk(self.source, self.plan):
             if isinstance(item, QuantPoint):
                 self.quantizer(item)
@@ -244,10 +250,16 @@ class _Builder:
         mirror.quantizers, mirror.constants = self.quantizers, self.constants
         mirror.input_names = [tensor.name for tensor in self.source.inputs]
         mirror.output_names = [tensor.name for tensor in self.source.outputs]
+        mirror.whole = whole
         return mirror
 
     def output(self, tensor: gs.Tensor) -> fx.Node:
         return self.constant(tensor) if isinstance(tensor, gs.Constant) else self.env[tensor.name]
+
+
+def _alone(samples: Tensor) -> Tensor:
+    """The one sample that a model without a batch axis is fed."""
+    return samples.squeeze(0)
 
 
 def _item(values: Sequence[Tensor], index: int) -> Tensor:

@@ -114,7 +114,7 @@ def _no_function(*inputs: Tensor) -> Tensor:
 
 
 ISLAND = Op(_no_function, "sensitive", squashes=True, island=True)
-_QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear")
+QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear")
 
 
 def op_of(node: gs.Node) -> Op:
@@ -126,7 +126,7 @@ def op_of(node: gs.Node) -> Op:
         UnsupportedOp: nothing is known.
     """
     found = OPS.get(op_name(node))
-    if found is None and node.op not in _QUANTIZED and islands.can_run(node):
+    if found is None and node.op not in QUANTIZED and islands.can_run(node):
         return ISLAND
     if found is None:
         raise UnsupportedOp(f"'{node.name}' {op_name(node)} cannot be simulated; replace it by standard operators")

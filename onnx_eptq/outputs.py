@@ -66,11 +66,17 @@ def _before_squashing(tensor: gs.Tensor, squashes: Callable[[Op], bool]) -> Iter
 
 
 def selections(graph: gs.Graph) -> dict[str, list[str]]:
-    """For every output whose elements an operator selects: the float values that it, and what follows it, picks from."""
+    """For every output whose elements an operator selects: the float values that it, and what follows it, picks from.
+
+    What is selected by shapes and integer inputs alone, such as the order of a padded sequence, is the same in both networks.
+    """
     sources: dict[str, dict[str, None]] = {}  # of each value behind a selection
+    known = {tensor.name for tensor in graph.inputs if is_float(tensor)}  # and what depends on them, or on weights
     for node in graph.nodes:
         read = variables_read(node)
-        if op_of(node).selects or any(tensor.name in sources for tensor in read):
+        depends = role_of(node) == "linear" or any(tensor.name in known for tensor in read)
+        known |= {tensor.name for tensor in node.outputs if depends}
+        if (op_of(node).selects and depends) or any(tensor.name in sources for tensor in read):
             found = {tensor.name: None for tensor in read if is_float(tensor) and tensor.name not in sources}
             for tensor in read:
                 found |= sources.get(tensor.name, {})

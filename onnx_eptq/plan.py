@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from onnx_eptq.errors import ModelError, UnsupportedOp, UsageError
 from onnx_eptq.graph import is_op
 from onnx_eptq.grid import Grid
-from onnx_eptq.ops import op_name, op_of
+from onnx_eptq.ops import QUANTIZED, op_name, op_of
 from onnx_eptq.targets import Target
 
 PointRole = Literal["activation", "weight", "bias", "constant"]
@@ -166,9 +166,10 @@ def role_of(node: gs.Node) -> str:
 def check_ops(graph: gs.Graph) -> None:
     """Raise UnsupportedOp that names every node which cannot be simulated."""
     unknown = [node for node in graph.nodes if not _is_known(node)]
-    if any(node.op in ("QuantizeLinear", "QLinearConv") for node in unknown):
+    quantized = next((node.op for node in unknown if node.op in QUANTIZED), None)
+    if quantized:
         raise ModelError(
-            "the model is quantized already (it holds QuantizeLinear nodes); give the float model it came from"
+            f"the model is quantized already (it holds {quantized} nodes); give the float model it came from"
         )
     if unknown:
         names = ", ".join(f"'{node.name}' {op_name(node)}" for node in unknown[:8])
@@ -320,20 +321,24 @@ def _is_score(tensor: gs.Tensor) -> bool:
     return op_of(producer).squashes and op_of(producer).bounds == (0.0, 1.0)
 
 
-def _float_region(graph: gs.Graph, kept: set[int]) -> dict[int, str]:
-    """Nodes that run in float, by id, with the reason.
+def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[int]]:
+    """Nodes that run in float, by id, with the reason; and the linear operators among them that read float as well.
 
     Seeds are the nodes the user keeps, operators whose result 8 bits cannot hold (Log, Reciprocal, ...), and what decodes
     detections. Operators between seeds join: those whose every consumer is inside, and those that read an inside value which
     nothing outside needs. A linear operator joins when all that reads it is inside (the matrices of a spectrogram before its
     Log), but for a decoding: its weights are quantized all the same. What such an operator reads joins only near the inputs:
-    a classifier that ends in a Log is no spectrogram.
+    a classifier that ends in a Log is no spectrogram. So it reads float only if its whole result, and that of the linear
+    operators before it, goes through seeds: of x / |x| some goes round.
     """
     region = {id(node): "kept float as asked" for node in graph.nodes if id(node) in kept}
     seeds = (n for n in graph.nodes if role_of(n) == "sensitive" and id(n) not in region)
     region |= {id(n): ISLAND_REASON.format(n.op) if op_of(n).island else f"{n.op} needs float" for n in seeds}
     region |= {id(n): "applies a mask of huge numbers" for n in graph.nodes if _masks(n) and id(n) not in region}
     decoding = {key: reason for key, reason in _decoding(graph).items() if key not in region}
+    funnel = {
+        id(n) for n in graph.nodes if id(n) in region and id(n) not in decoding and n.op != "Div"
+    }  # x / |x| goes on
     region |= decoding
     islands = {id(node) for node in graph.nodes if op_of(node).island}  # what reads or feeds them can be quantized
     growing = {key for key, reason in region.items() if reason != "kept float as asked" and key not in islands}
@@ -376,8 +381,15 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> dict[int, str]:
                     decoding[id(node)] = reason
                 region[id(node)] = reason or "between operators that need float"
                 growing.add(id(node))
+                if not reason and all(id(c) in funnel for tensor in node.outputs for c in tensor.outputs):
+                    funnel.add(id(node))
                 changed = True
-    return region
+    front: set[int] = set()  # nodes whose linear operators, themselves included, all lead to seeds
+    for node in graph.nodes:
+        clear = all(id(producer) in front for tensor in node.inputs for producer in tensor.inputs)
+        if clear and (role_of(node) != "linear" or id(node) in funnel):
+            front.add(id(node))
+    return region, front
 
 
 class _Planner:
@@ -391,7 +403,8 @@ class _Planner:
         self.nodes = {id(node) for node in graph.nodes}
         kept = {id(n) for n in graph.nodes if _matches(rules.keep_float, n.name, n.op)}
         kept |= {id(layer.node) for layer in self.layers if _matches(rules.keep_float, layer.weight.name)}
-        self.kept, self.region = kept, _float_region(graph, kept)
+        self.kept = kept
+        self.region, self.front = _float_region(graph, kept)
         self.bias_sums = {id(layer.node.outputs[0]) for layer in self.layers if layer.bias_node is not layer.node}
 
     def bits(self, default: int, *names: str) -> int:
@@ -417,7 +430,8 @@ class _Planner:
         if _matches(self.rules.keep_float, tensor.name):
             return "kept float as asked"
         neighbours = list(tensor.inputs) + list(tensor.outputs)
-        if neighbours and all(id(node) in self.region for node in neighbours):
+        layers = (n for n in tensor.outputs if role_of(n) == "linear" and id(n) not in self.front | self.kept)
+        if neighbours and all(id(node) in self.region for node in neighbours) and not any(layers):
             return self.region[id(neighbours[0])]
         if tensor.inputs and _is_single(tensor.inputs[0]):
             return "a Softmax of single elements, which integer kernels compute as 0"
@@ -608,11 +622,21 @@ def make_plan(graph: gs.Graph, target: Target, rules: Rules | None = None) -> Pl
     check_ops(graph)
     check_rules(graph, target, rules)
     if not linear_layers(graph):
+        inner = next((node for node in graph.nodes if any(map(_has_layers, node.subgraphs(recursive=True)))), None)
+        why = "was it exported without its parameters?"
+        if inner is not None:
+            why = (
+                f"those inside of {inner.op} '{inner.name}' stay as they are: export the part that you deploy by itself"
+            )
         raise ModelError(
             "the model has no Conv, ConvTranspose, Gemm or MatMul with constant weights, so there is nothing to quantize; "
-            "was it exported without its parameters?"
+            + why
         )
     return _Planner(graph, target, rules).run()
+
+
+def _has_layers(graph: gs.Graph) -> bool:
+    return any(node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul") for node in graph.nodes)
 
 
 def check_rules(graph: gs.Graph, target: Target, rules: Rules) -> None:

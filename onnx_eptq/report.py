@@ -125,7 +125,8 @@ class Report:
 
     def _lines(self) -> Iterator[str]:
         yield f"coverage   {self.coverage}"
-        reasons = list({**self.coverage.float_values, **self.coverage.float_layers}.items())
+        layers = self.coverage.float_layers
+        reasons = list({**layers, **self.coverage.float_values, **layers}.items())  # layers first
         for name, reason in reasons[:MAX_REASONS]:
             yield f"  float    {name}: {reason}"
         if len(reasons) > MAX_REASONS:
@@ -202,9 +203,11 @@ class Report:
             for name, sources in list(fidelity.selected.items())[:4]:
                 before = ", ".join(s for s in sources if s in fidelity.sqnr_db) or "nothing that both models name"
                 yield f"fidelity   {name}: selected, so judged before it is: {before}"
-            for name in list(fidelity.sqnr_db)[:6]:
-                agree = f", argmax agrees in {fidelity.agreement[name]} %" if name in fidelity.agreement else ""
-                yield f"fidelity   {name}: SQNR {fidelity.sqnr_db[name]} dB{agree} ({fidelity.samples} samples)"
+            for name in list(dict.fromkeys([*fidelity.sqnr_db, *fidelity.agreement]))[:6]:
+                share, decibel = fidelity.agreement.get(name), fidelity.sqnr_db.get(name)
+                agree = f", argmax agrees in {share} %" if share is not None else ""
+                found = f"equal in {share} %" if decibel is None else f"SQNR {decibel} dB{agree}"
+                yield f"fidelity   {name}: {found} ({fidelity.samples} samples)"
 
 
 def spell_widths(widths: Mapping[str, int]) -> str:

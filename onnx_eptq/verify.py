@@ -71,8 +71,9 @@ class Parity:
 class Fidelity:
     """Float against quantized model, both at full optimisation, per output.
 
-    Outputs in `selected` hold what a TopK, NonMaxSuppression or the like has picked, in its order: element by element they
-    cannot be compared, so the values that it picks from stand for them.
+    `sqnr_db` has the outputs of real numbers, in dB; `agreement` the share of positions, in %, where the largest class or an
+    integer is the same. Outputs in `selected` hold what a TopK, NonMaxSuppression or the like has picked, in its order: element
+    by element they cannot be compared, so the values that it picks from stand for them.
     """
 
     samples: int
@@ -197,7 +198,9 @@ def _check_complete(model: onnx.ModelProto, student: Mirror, plan: Plan, found: 
     unread = set(plan) - set(found)
     missing = [(_producers(student)[v], v) for v, p in plan.items() if p.role == "activation" and v in unread]
     floats = {tensor.name for tensor in model.graph.initializer} & set(plan)
-    missing += [(f"'{node.name}'", name) for node in model.graph.node for name in node.input if name in floats]
+    islands = {n.meta["onnx"] for n in student.graph.nodes if n.op == "call_module" and "onnx" in n.meta}
+    readers = [node for node in model.graph.node if node.name not in islands]
+    missing += [(f"'{node.name}'", name) for node in readers for name in node.input if name in floats]
     for node, value in missing[:1]:
         raise VerificationError(
             f"node {node}, value '{value}': the written file does not quantize it; this is a bug, please report it with the "
@@ -443,11 +446,12 @@ def measure_fidelity(
     selected: Mapping[str, Sequence[str]] | None = None,
     axes: Mapping[str, int] | None = None,
 ) -> Fidelity:
-    """Signal-to-noise ratio (dB) and argmax agreement (%) of every float output, both models at full optimisation.
+    """Signal-to-noise ratio (dB) and agreement (%) of every output, both models at full optimisation.
 
-    Agreement is along the axis that `axes` names for an output (as `outputs.class_axes` finds it), or else the last one of
-    two, where that has at least two entries. Instead of the outputs that are keys of `selected` (as `outputs.selections`
-    returns them) the values that they were picked from are compared.
+    Integers (of an ArgMax) agree where they are equal; scores where the largest one is the same along the axis that `axes`
+    names for an output (as `outputs.class_axes` finds it), or else the last one of two, if that has at least two entries.
+    Instead of the outputs that are keys of `selected` (as `outputs.selections` returns them) the values that they were picked
+    from are compared.
     """
     selected, axes = selected or {}, axes or {}
     inner = [name for names in selected.values() for name in names]
@@ -465,14 +469,20 @@ def measure_fidelity(
                 )
         noise.add(expected, found)
         for name, a in expected.items():
-            axis = axes.get(name, 1 if a.ndim == 2 else None)
-            if axis is not None and a.ndim > axis and a.shape[axis] > 1:
-                same = a.argmax(axis) == found[name].argmax(axis)
+            same = _agreeing(a, found[name], axes.get(name, 1 if a.ndim == 2 else a.ndim))
+            if same is not None:
                 agree[name] += int(same.sum())
                 total[name] += same.size
     agreement = {name: round(100 * agree[name] / total[name], 2) for name in total if total[name]}
     sources = {name: list(values) for name, values in selected.items()}
     return Fidelity(samples, noise.decibels(), agreement, sources)
+
+
+def _agreeing(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray | None:
+    """Where two outputs say the same: equal integers, or the same largest score along an axis, if there is one."""
+    if a.dtype.kind != "f":
+        return np.asarray(a == b)
+    return a.argmax(axis) == b.argmax(axis) if axis < a.ndim and a.shape[axis] > 1 else None
 
 
 class _Noise:
@@ -483,17 +493,18 @@ class _Noise:
         self.noise: dict[str, float] = {}
 
     def add(self, expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> None:
-        """Add one batch of outputs by name; those whose shapes differ (what a selection picks) cannot be compared."""
+        """Add one batch of outputs by name; integers and those whose shapes differ (what a selection picks) have no noise."""
         for name, values in expected.items():
-            if values.shape != found[name].shape:
+            if values.dtype.kind != "f" or values.shape != found[name].shape:
                 continue
             a, b = np.asarray(values, np.float64), np.asarray(found[name], np.float64)
-            self.signal[name] = self.signal.get(name, 0.0) + float((a**2).sum())
-            self.noise[name] = self.noise.get(name, 0.0) + float(((a - b) ** 2).sum())
+            error = np.subtract(a, b, out=np.zeros_like(a), where=a != b)  # infinities of a mask are no error
+            self.signal[name] = self.signal.get(name, 0.0) + float((a[np.isfinite(a)] ** 2).sum())
+            self.noise[name] = self.noise.get(name, 0.0) + float((error**2).sum())
 
     def decibels(self) -> dict[str, float]:
         """Signal-to-noise ratio per output in dB; 0 for outputs that are all zero."""
         return {
-            name: round(float(10 * np.log10(signal / max(self.noise[name], 1e-30))), 2) if signal else 0.0
+            name: round(float(10 * np.log10(max(signal / max(self.noise[name], 1e-30), 1e-30))), 2) if signal else 0.0
             for name, signal in self.signal.items()
         }

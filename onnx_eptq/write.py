@@ -12,12 +12,14 @@ import torch
 
 from onnx_eptq import graph as graphs
 from onnx_eptq.grid import DTYPES, Grid, QParams, Quantized
+from onnx_eptq.ops import op_of
 from onnx_eptq.plan import QuantPoint, walk
 from onnx_eptq.prepare import lower_opset
 
 Storage = Callable[["Writer", str, np.ndarray, Grid], gs.Tensor]
 STORAGE: dict[str, Storage] = {}
 NAME_LENGTH = 56  # every value gives its name to a dozen others, which in a small model outweigh its weights
+SHIELDED = ("Conv", "ConvTranspose", "Gemm")
 SUB_BYTE = {DTYPES["int4"].onnx, DTYPES["uint4"].onnx}
 
 
@@ -37,6 +39,7 @@ class Writer:
     def __init__(self, graph: gs.Graph, plan: Mapping[str, QuantPoint], quantized: Mapping[str, Quantized]) -> None:
         self.graph, self.plan, self.quantized = graph, plan, quantized
         self.tensors = graph.tensors()
+        self.simulated = {id(node) for node in graph.nodes if not op_of(node).island}
         self.taken = set(self.tensors) | {node.name for node in graph.nodes}
         self.shared: dict[str, gs.Constant] = {}
         self.readers: dict[str, set[str]] = {}  # of what is shared: the values it was asked for by
@@ -112,10 +115,56 @@ class Writer:
         if point.grid.bits < 8:  # no runtime executes narrower activations, but an integer Min keeps its kernels usable
             limit = self.common(f"qmax_{point.grid.qmax}", np.array(point.grid.qmax, np.uint8))
             codes = self.node("Min", f"{value.name}_limited", [codes, limit])
-        self.node("DequantizeLinear", f"{value.name}_dq", [codes, scale, zero_point], restored)
+        shielded = [(node, channels) for node in restored.outputs if (channels := self.float_channels(node, restored))]
+        alone = len(shielded) == len(restored.outputs) and not self.leaves(restored)
+        plain = shielded[0][1] if shielded and alone else None
+        self.dequantized(f"{value.name}_dq", codes, root, plain, restored)
+        for node, channels in shielded:
+            if channels != plain:
+                node.inputs[0] = self.dequantized(f"{node.name or node.op}_input", codes, root, channels)
+
+    def dequantized(
+        self,
+        name: str,
+        codes: gs.Tensor,
+        root: str,
+        channels: tuple[int, int] | None,
+        output: gs.Variable | None = None,
+    ) -> gs.Variable:
+        """Append a DequantizeLinear with one scale, or with as many equal ones as an axis is long: (axis, size)."""
+        qparams = self.quantized[root].qparams
+        if channels is None:
+            scale = self.common(f"{root}_scale", qparams.scale.numpy())
+            zero_point = self.common(f"{root}_zero_point", qparams.zero_point.numpy().astype(np.uint8))
+            return self.node("DequantizeLinear", name, [codes, scale, zero_point], output)
+        axis, size = channels
+        scale = self.common(f"{root}_scales_{size}", np.full(size, qparams.scale.numpy(), np.float32))
+        zero_point = self.common(f"{root}_zero_points_{size}", np.full(size, qparams.zero_point.numpy(), np.uint8))
+        return self.node("DequantizeLinear", name, [codes, scale, zero_point], output, axis=axis)
+
+    def leaves(self, tensor: gs.Variable) -> bool:
+        """Whether the tensor is a network output, or a subgraph reads it."""
+        if any(tensor is output for output in self.graph.outputs):
+            return True
+        inner = (node for node in self.graph.nodes if all(node is not reader for reader in tensor.outputs))
+        return any(read is tensor for node in inner for read in graphs.variables_read(node))
+
+    def float_channels(self, node: gs.Node, source: gs.Tensor) -> tuple[int, int] | None:
+        """Axis and size of the channels that a layer reads whose weights stay float; any axis that has a size will do.
+
+        With one scale per channel, all the same, it gets the numbers that one scale would give. But behind a single scale
+        ONNX Runtime takes it upon itself to round float weights and biases, per tensor (`WeightBiasQuantization`, on at all
+        but the lowest level of optimisation).
+        """
+        if node.op not in SHIELDED or node.inputs[0] is not source or not isinstance(node.inputs[1], gs.Constant):
+            return None
+        if node.inputs[1].name in self.plan:
+            return None
+        sizes = [(axis, size) for axis, size in enumerate(source.shape or ()) if isinstance(size, int) and size > 1]
+        return next((pair for pair in sizes if pair[0] == 1), sizes[-1] if sizes else None)
 
     def stored(self, point: QuantPoint, form: str) -> None:
-        """Replace a float constant by its integers and a DequantizeLinear."""
+        """Replace a float constant by its integers and a DequantizeLinear, but for islands: they are simulated in float."""
         value = self.tensors[point.value]
         integers, qparams, grid = self.quantized[point.value]
         assert integers is not None
@@ -132,7 +181,7 @@ class Writer:
             stored = STORAGE[form](self, value.name, codes.astype(np.int8), grid)
             inputs = [stored, scale, self.zeros(dtype, tuple(qparams.scale.shape))]
         attrs = {} if grid.axis is None else {"axis": grid.axis}
-        readers = list(value.outputs)
+        readers = [node for node in value.outputs if id(node) in self.simulated]
         restored = self.node("DequantizeLinear", f"{value.name}_dequantized", inputs, **attrs)
         for reader in readers:
             _replace_input(reader, value, restored)

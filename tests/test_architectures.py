@@ -300,6 +300,37 @@ def test_a_state_that_goes_in_and_out() -> None:
     assert {"x", "h"} <= set(result.plan)
 
 
+class Stepped(nn.Module):
+    """Layers before and behind an LSTM, whose states [layers,batch,features] go in and out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.last = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.lstm = nn.LSTM(8, 8, num_layers=2)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        h, c = state.split(2)
+        y, (h, c) = self.lstm(F.relu(self.enter(x))[None], (h.contiguous(), c.contiguous()))
+        return self.last(y[0]), torch.cat([h, c])
+
+
+@pytest.mark.parametrize("free", [{}, {"x": {0: "batch"}, "state": {1: "batch"}}], ids=["fixed", "free"])
+@pytest.mark.parametrize("method", ["rtn", "eptq"])
+def test_a_state_whose_first_axis_is_not_the_batch(method: str, free: dict[str, dict[int, str]]) -> None:
+    """Each sample holds whole inputs; several never share a run."""
+    torch.manual_seed(0)
+    proto = export_as(Stepped(), (torch.randn(1, 6), torch.randn(4, 1, 8)), ["x", "state"], free)
+    generator = np.random.default_rng(0)
+    data = {
+        "x": generator.normal(size=(40, 1, 6)).astype(np.float32),
+        "state": np.tanh(generator.normal(size=(40, 4, 1, 8))).astype(np.float32),
+    }
+    result = pipeline.quantize(proto, data, method=method, weight_bits=8, steps=4, threads=1)
+    assert result.report.fidelity is not None
+    assert min(result.report.fidelity.sqnr_db.values()) > 28
+    assert {"x", "state"} <= set(result.plan)
+
+
 @pytest.mark.parametrize("free", [{0: "batch", 2: "height", 3: "width"}, {}])
 def test_free_height_and_width_and_a_fixed_batch_of_one(free: dict[int, str]) -> None:
     torch.manual_seed(0)

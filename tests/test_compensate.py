@@ -4,6 +4,7 @@ import copy
 import itertools
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import models
 from models import MODELS, parse, run_ort, weights
 from onnx_eptq import compensate as comp
+from onnx_eptq import pipeline
 from onnx_eptq.compensate import (
     Lockstep,
     Moments,
@@ -398,3 +400,26 @@ def test_positions_that_count_more_get_the_smaller_error():
         errors.append([float(part.mean()) for part in error.chunk(2, 1)])
     assert errors[0][0] < errors[1][0]
     assert errors[1][1] < errors[0][1]
+
+
+def test_a_bias_that_stays_float_is_written_as_it_was(tmp_path):
+    """Of a spectrogram the weights are low-bit, but what they read is float, and so is the bias: the file has the old one."""
+    draw = weights(4)
+    proto = parse(
+        """(float[N,1,32] wave) => (float[N,3,h] y) {
+          s = Conv <strides=[4]> (wave, basis, offset)  p = Mul(s, s)  q = Add(p, tiny)  l = Log(q)  y = Conv(l, w, b)
+        }""",
+        basis=draw(6, 1, 8),
+        offset=draw(6, fan=6),
+        tiny=np.float32(0.01),
+        w=draw(3, 6, 1),
+        b=draw(3, fan=3),
+    )
+    data = {"wave": np.random.default_rng(0).normal(1, size=(64, 1, 32)).astype(np.float32)}
+    result = pipeline.quantize(proto, data, tmp_path / "q.onnx", weight_bits=3, steps=4, threads=1)  # verifies
+    assert result.report.learning.kept != "rtn"
+    assert "offset" in result.plan.floats
+    assert "basis" in result.plan
+    found = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "q.onnx").graph.initializer}
+    before = next(onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if t.name == "offset")
+    np.testing.assert_array_equal(found["offset"], before)

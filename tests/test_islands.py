@@ -120,6 +120,34 @@ def test_control_flow_is_quantized_around_and_verified(tmp_path, name):
     assert [n.op_type for n in onnx.load(tmp_path / "q.onnx").graph.node].count(name) == 1
 
 
+def test_constants_that_layers_share_with_control_flow_stay_float_there(tmp_path):
+    """Captured by a subgraph (w1) or read by the node itself (start): simulated in float, so written in float."""
+    proto = loop()
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(W(1, 8, fan=4), "start"))
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    proto.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
+    again = next(node for node in proto.graph.node if node.op_type == "Loop")
+    again.input[2] = "start"
+    again.attribute[0].g.input[2].type.tensor_type.shape.dim[0].dim_value = 1
+    position = list(proto.graph.node).index(again)
+    for offset, (op, inputs, output) in enumerate(
+        [("MatMul", ["b", "w1"], "d"), ("Mul", ["d", "start"], "e"), ("Add", ["e", "c"], "f")]
+    ):
+        proto.graph.node.insert(position + offset + (op == "Add"), helper.make_node(op, inputs, [output]))
+    proto.graph.node[-1].input[0] = "f"
+    samples = {"x": np.concatenate([batch["x"][:1] for batch in feeds(proto, count=24)])}
+    result = pipeline.quantize(proto, samples, tmp_path / "q.onnx", weight_bits=3, method="rtn", threads=1)
+    assert {"w1", "start"} <= set(result.plan)
+    written = onnx.load(tmp_path / "q.onnx")
+    body = next(node for node in written.graph.node if node.op_type == "Loop").attribute[0].g
+    floats = {
+        tensor.name: onnx.numpy_helper.to_array(tensor) for g in (written.graph, body) for tensor in g.initializer
+    }
+    for name in ("w1", "start"):
+        np.testing.assert_array_equal(floats[name], graph_constant(proto, name))
+        assert any(known.startswith((f"{name}_quantized", f"{name}_low_packed")) for known in floats)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore")

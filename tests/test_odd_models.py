@@ -124,6 +124,20 @@ def test_values_that_are_no_numbers_are_refused() -> None:
             quantize(model, samples(model), threads=1)
 
 
+def test_layers_that_lie_in_a_branch_alone_are_named() -> None:
+    nodes = "s = ReduceSum <keepdims=0> (x) c = Greater(s, zero) y = Relu(x)"
+    model = parse(f"(float[N,4] x) => (float[N,4] y) {{ {nodes} }}", zero=np.float32(0))
+    branches = {}
+    for name in ("then_branch", "else_branch"):
+        nodes = [onnx.helper.make_node("MatMul", ["x", "w"], [f"{name}_y"], f"{name}_matmul")]
+        result = onnx.helper.make_tensor_value_info(f"{name}_y", onnx.TensorProto.FLOAT, None)
+        weight = onnx.numpy_helper.from_array(W(4, 4), "w")
+        branches[name] = onnx.helper.make_graph(nodes, name, [], [result], [weight])
+    model.graph.node[-1].CopyFrom(onnx.helper.make_node("If", ["c"], ["y"], "either", **branches))
+    with pytest.raises(ModelError, match="those inside of If 'either' stay as they are"):
+        quantize(model, {"x": np.zeros((4, 4), np.float32)}, threads=1)
+
+
 def test_models_the_runtime_cannot_load_are_refused_before_any_work(tmp_path: Path) -> None:
     model = MODELS["gemm without bias"]
     newer = onnx.ModelProto.FromString(model.SerializeToString())
@@ -136,8 +150,11 @@ def test_models_the_runtime_cannot_load_are_refused_before_any_work(tmp_path: Pa
     with pytest.raises(ModelError, match="size 0"):
         quantize(empty, samples(model))
     quantized = quantize(model, samples(model), threads=1).model
-    with pytest.raises(ModelError, match="quantized already"):
+    with pytest.raises(ModelError, match=r"quantized already \(it holds QuantizeLinear"):
         quantize(quantized, samples(model))
+    text = "q, s, z = DynamicQuantizeLinear(x) d = DequantizeLinear(q, s, z) y = MatMul(d, w)"
+    with pytest.raises(ModelError, match=r"quantized already \(it holds DynamicQuantizeLinear"):
+        quantize(parse(f"(float[N,4] x) => (float[N,4] y) {{ {text} }}", w=W(4, 4)), samples(model))
 
 
 def test_a_great_loss_is_warned_about() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from models import i64, parse, prepared, weights
-from onnx_eptq.outputs import class_axes, distributed, learning_targets
+from onnx_eptq.outputs import class_axes, distributed, learning_targets, selections
 
 W = weights(3)
 
@@ -54,6 +54,22 @@ def test_where_the_classes_lie(end):
     values = {"w": W(5, 3, 1, 1), "v": W(320, 4), "u": W(40, 6), "twice": np.array([1, 1, 2, 2], np.float32)}
     proto = parse(f"(float[N,3,8,8] x) => (float[{dims}] y) {{ h = Conv(x, w) {end} }}", **values, **shapes)
     assert class_axes(prepared(proto)) == ({} if axis is None else {"y": axis})
+
+
+SELECTIONS = {  # what is picked: by values of the network, or by what it is given besides
+    "v, i = TopK(h, k) y = Identity(v)": ["h"],
+    "v, i = TopK(x, k) y = GatherElements <axis=1> (h, i)": ["x", "h"],
+    "v, i = TopK(lengths, k) f = Cast <to=1> (v) y = Add(h, f)": None,
+}
+
+
+@pytest.mark.parametrize("end", SELECTIONS)
+def test_outputs_that_values_of_the_network_select(end):
+    text = f"(float[N,3] x, int64[N,3] lengths) => (float[N,3] y) {{ h = MatMul(x, w) {end} }}"
+    found = selections(prepared(parse(text, w=W(3, 3), k=i64(3))))
+    assert {name: sorted(values) for name, values in found.items()} == (
+        {} if SELECTIONS[end] is None else {"y": sorted(SELECTIONS[end])}
+    )
 
 
 READERS = {

@@ -369,6 +369,30 @@ def test_a_mel_spectrogram_is_float_through_both_of_its_matrices():
     assert [value for value, point in plan.items() if point.role == "weight"][:3] == ["cosines", "sines", "mel"]
 
 
+def unit(value, result):
+    """The nodes of `result` = `value` / |`value`|, channel by channel."""
+    return (
+        f"{value}_square = Mul({value}, {value})  {value}_power = ReduceSum <keepdims=1> ({value}_square, channels)\n"
+        f"{value}_size = Sqrt({value}_power)  {result} = Div({value}, {value}_size)\n"
+    )
+
+
+def test_layers_between_normalizations_read_integers():
+    """All that reads `c` needs float, but half of it goes round the Sqrt: this is no spectrogram."""
+    text = unit("a", "e") + "c = Conv(e, w1)\n" + unit("c", "f") + "y = Conv(f, w2)"
+    plan = make_plan(raw(body(text, w1=W(4, 4, 1, 1), w2=W(4, 4, 1, 1), channels=i64(1))), ORT_TARGET)
+    assert {"w", "e", "w1", "f", "w2"} <= set(plan)
+    assert {"a_square", "a_power", "a_size"} <= set(plan.floats)
+
+
+def test_a_last_layer_before_a_softmax_in_pieces_reads_integers():
+    """All of its result goes through the Exp, but layers before it do not."""
+    text = unit("a", "e") + "c = Conv(e, w1)  p = Exp(c)  t = ReduceSum <keepdims=1> (p, channels)  y = Div(p, t)"
+    plan = make_plan(raw(body(text, w1=W(4, 4, 1, 1), channels=i64(1))), ORT_TARGET)
+    assert {"w", "e", "w1"} <= set(plan)
+    assert {"c", "p"} <= set(plan.floats)
+
+
 def test_reasons_are_given():
     proto = body("d = Exp(a)  e = Log(d)  y = Conv(e, w1)", w1=W(4, 4, 1, 1))
     floats = make_plan(raw(proto), ORT_TARGET).floats

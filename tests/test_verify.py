@@ -321,6 +321,38 @@ def test_planted_fault_in_the_exported_integers():
     assert "QLinearConv" in text
 
 
+FLOAT_LAYERS = {  # from x [N,4,6,6] to y: layers that stay float between quantized values, and the shape of their weight
+    "Conv": ("a = Relu(x) y = Conv <pads=[1,1,1,1]> (a, kept, b)", (4, 4, 3, 3)),
+    "shared input": ("a = Relu(x) c = Conv <pads=[1,1,1,1]> (a, kept, b) y = Add(a, c)", (4, 4, 3, 3)),
+    "shared weight": ("a = Relu(x) c = Conv(a, kept, b) d = Conv(a, kept) y = Add(d, c)", (4, 4, 3, 3)),
+    "depthwise": ("a = Relu(x) y = Conv <group=4> (a, kept, b)", (4, 1, 3, 3)),
+    "one channel": ("a = ReduceMean <keepdims=1> (x, channels) y = Conv(a, kept, b)", (4, 1, 3, 3)),
+    "first": ("y = Conv <pads=[1,1,1,1]> (x, kept, b)", (4, 4, 3, 3)),
+    "ConvTranspose": ("a = Relu(x) y = ConvTranspose(a, kept, b)", (4, 4, 3, 3)),
+    "Gemm": ("a = Relu(x) f = Flatten(a) g = Gemm(f, kept, b) y = Reshape(g, square)", (144, 4)),
+    "Gemm transposed": ("a = Relu(x) f = Flatten(a) g = Gemm <transB=1> (f, kept, b) y = Reshape(g, square)", (4, 144)),
+}
+
+
+@pytest.mark.parametrize("name", FLOAT_LAYERS)
+def test_the_runtime_leaves_float_layers_alone(name):
+    """With basic optimisations as with none: it would round weights that it finds between quantized values."""
+    nodes, shape = FLOAT_LAYERS[name]
+    draw = weights(5)
+    constants = {"kept": draw(*shape), "b": draw(4, fan=9), "point": draw(4, 4, 1, 1)}
+    constants |= {"channels": np.array([1]), "square": np.array([0, 4, 1, 1])}
+    text = f"(float[N,4,6,6] x) => (float[N,4,h,w] z) {{ {nodes} z = Conv(y, point) }}"
+    names = set(re.findall(r"\w+", text))
+    found = quantize(
+        parse(text, **{k: v for k, v in constants.items() if k in names}),
+        Rules(keep_float=["Gemm" if "Gemm" in name else "kept"]),
+    )
+    assert "kept float as asked" in found.plan.floats.values()
+    assert check(found).basic_equals_off
+    read = {tensor for node in found.written.graph.node for tensor in node.input} | {"z"}
+    assert all(output in read for node in found.written.graph.node for output in node.output)  # nothing is left over
+
+
 def test_planted_fault_in_the_weights_behind_a_float_output():
     found = quantize(MODELS["residual"](), Rules(keep_float=["logits"]))
     check(found)
@@ -402,6 +434,35 @@ def test_agreement_is_along_the_axis_of_the_classes():
         share = 100 * (a.argmax(axis) == b.argmax(axis)).mean()
         fidelity = measure_fidelity(found.proto, found.written, found.batches, threads=1, axes={name: axis})
         assert fidelity.agreement == {name: pytest.approx(share, abs=0.01)}
+
+
+def test_infinite_values_of_a_mask_are_no_noise():
+    mask = np.array([[0, -np.inf, 0, 0]], np.float32)
+    protos = [
+        parse(
+            "(float[N,3] x) => (float[N,4] y) { a = MatMul(x, w) y = Add(a, mask) }", w=weights(seed)(3, 4), mask=mask
+        )
+        for seed in (0, 1)
+    ]
+    batches = feeds(protos[0])
+    pairs = [np.concatenate([run_ort(proto, batch)["y"] for batch in batches])[:, [0, 2, 3]] for proto in protos]
+    sqnr = 10 * np.log10((pairs[0] ** 2).sum() / ((pairs[0] - pairs[1]) ** 2).sum())
+    assert measure_fidelity(*protos, batches, threads=1).sqnr_db == {"y": pytest.approx(sqnr, abs=0.01)}
+
+
+def test_integers_agree_where_they_are_equal():
+    found = cached("residual", 2, 8)
+    protos = []
+    for proto in (found.proto, found.written):
+        chooses = onnx.ModelProto.FromString(proto.SerializeToString())
+        (logits,) = chooses.graph.output
+        chooses.graph.node.append(onnx.helper.make_node("ArgMax", [logits.name], ["best"], axis=1, keepdims=0))
+        logits.CopyFrom(onnx.helper.make_tensor_value_info("best", onnx.TensorProto.INT64, ["N"]))
+        protos.append(chooses)
+    fidelity = measure_fidelity(*protos, found.batches, threads=1)
+    alike = measure_fidelity(found.proto, found.written, found.batches, threads=1).agreement["logits"]
+    assert (fidelity.sqnr_db, fidelity.agreement) == ({}, {"best": alike})
+    assert alike < 100
 
 
 def test_fidelity_has_no_agreement_where_there_is_nothing_to_choose():
