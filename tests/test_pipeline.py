@@ -405,6 +405,8 @@ def test_a_runtime_with_numbers_of_its_own_is_warned_about():
         fidelity = replace(found["onnx"].report.fidelity, sqnr_db={"logits": decibel})
         assert bool(pipeline.runtime_deviations(parity, fidelity)) == warned
     assert pipeline.runtime_deviations(parity, replace(found["onnx"].report.fidelity, sqnr_db={})) == []
+    fidelity = replace(found["onnx"].report.fidelity, sqnr_db={"logits": 44.0})
+    assert pipeline.runtime_deviations(replace(parity, optimized_db={"logits": 45.0}), fidelity) == []  # and no harm
 
 
 def test_ranges_weighed_by_gradients_lose_less_at_four_bits() -> None:

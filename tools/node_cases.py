@@ -21,6 +21,7 @@ from onnx import numpy_helper
 
 from onnx_eptq import graph as graphs
 from onnx_eptq import mirror
+from onnx_eptq.calibrate import feed
 from onnx_eptq.errors import EptqError
 from onnx_eptq.ops import op_of
 
@@ -57,7 +58,8 @@ def outcome(case: Any) -> tuple[str, str]:
         graph = graphs.load(case.model)
         island = any(op_of(node).island for node in graph.nodes)
         with torch.no_grad():
-            found = mirror.build(graph)(*[torch.from_numpy(np.array(a)) for a in inputs])
+            net = mirror.build(graph)
+            found = net(*feed(net, dict(zip(net.input_names, inputs, strict=False))))
     except EptqError as error:
         return "not run", "ONNX Runtime does not run it" if "cannot run" in str(error) else str(error)[:90]
     except (NotImplementedError, RuntimeError, TypeError) as error:
