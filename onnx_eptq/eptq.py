@@ -113,7 +113,7 @@ class Judge:
         run = pieces.function(mirror, pieces.placeholders(mirror), [raw[name] for name in self.targets])
         count = len(self.samples[0])
         parts = [run(*[x[i : i + self.batch] for x in self.samples]) for i in range(0, count, self.batch)]
-        return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        return [_joined(tensors) for tensors in zip(*parts, strict=True)]
 
     def losses(self, student: Mirror) -> Tensor:
         """What each sample adds to the distance; [samples], float64."""
@@ -128,6 +128,11 @@ class Judge:
     def distance(self, student: Mirror) -> float:
         """Mean over the samples: 0 when the student's outputs are the teacher's; infinite when they are no numbers."""
         return mean(self.losses(student))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """What several runs gave, one after another; a single number each time becomes a row of them."""
+    return torch.cat([x if x.ndim else x[None] for x in parts])
 
 
 def _by_sample(x: Tensor, samples: int) -> Tensor:
@@ -431,7 +436,7 @@ class _Piece:
         self.cache = self._cached()
         first_batch = torch.split(torch.arange(min(problem.effort.batch, len(self.ours[0]))), problem.together)
         found = [self._expected(chunk) for chunk in first_batch]
-        few = [torch.cat(values) for values in zip(*found, strict=True)]
+        few = [_joined(values) for values in zip(*found, strict=True)]
         self.coefficients = _coefficients(problem, stage, few[: len(few) - self.distributions], self.layers)
         self.penalties = self._penalties()
         groups = self.parts.groups(stage)
@@ -446,7 +451,7 @@ class _Piece:
         batch, count = self.problem.together, len(self.theirs[0])
         first = self.teacher(*[x[:batch] for x in self.theirs])
         size = sum(value.numel() * value.element_size() for value in first) / min(batch, count) * count
-        if size > self.problem.cache_bytes or any(len(value) != min(batch, count) for value in first):
+        if size > self.problem.cache_bytes or any(not value.ndim or len(value) != min(batch, count) for value in first):
             return None
         kept = [value[:1].expand(count, *value.shape[1:]).clone(memory_format=_layout(value)) for value in first]
         for start in range(0, count, batch):

@@ -259,7 +259,9 @@ class _Builder:
 
 def _alone(samples: Tensor) -> Tensor:
     """The one sample that a model without a batch axis is fed."""
-    return samples.squeeze(0)
+    if len(samples) != 1:
+        raise ValueError(f"a model without a batch axis takes one sample at a time, not {len(samples)}")
+    return samples[0]
 
 
 def _item(values: Sequence[Tensor], index: int) -> Tensor:

@@ -74,7 +74,8 @@ def selections(graph: gs.Graph) -> dict[str, list[str]]:
     known = {tensor.name for tensor in graph.inputs if is_float(tensor)}  # and what depends on them, or on weights
     for node in graph.nodes:
         read = variables_read(node)
-        depends = role_of(node) == "linear" or any(tensor.name in known for tensor in read)
+        looks_up = is_float(node.outputs[0]) and any(is_constant(tensor) and is_float(tensor) for tensor in node.inputs)
+        depends = role_of(node) == "linear" or looks_up or any(tensor.name in known for tensor in read)
         known |= {tensor.name for tensor in node.outputs if depends}
         if (op_of(node).selects and depends) or any(tensor.name in sources for tensor in read):
             found = {tensor.name: None for tensor in read if is_float(tensor) and tensor.name not in sources}
@@ -87,7 +88,8 @@ def selections(graph: gs.Graph) -> dict[str, list[str]]:
 def class_axes(graph: gs.Graph) -> dict[str, int]:
     """The axis along which an output holds one number per class, of each output for which the graph tells.
 
-    That of the Softmax or linear operator it comes from, followed through what lies between; else the last one of two.
+    That of the Softmax or linear operator it comes from, followed through what lies between; else the last one of two. The
+    first axis is that of the samples.
     """
     known: dict[str, int] = {}
     for node in graph.nodes:
@@ -96,18 +98,19 @@ def class_axes(graph: gs.Graph) -> dict[str, int]:
             if axis is not None:
                 known[tensor.name] = axis
     pairs = {tensor.name: 1 for tensor in graph.outputs if tensor.shape is not None and len(tensor.shape) == 2}
-    return pairs | {tensor.name: known[tensor.name] for tensor in graph.outputs if tensor.name in known}
+    return pairs | {tensor.name: known[tensor.name] for tensor in graph.outputs if known.get(tensor.name)}
 
 
 def _axis_of(node: gs.Node, tensor: gs.Tensor, known: Mapping[str, int]) -> int | None:
     """Where the node's output `tensor` has its classes, given the axes of values before it."""
-    if tensor.shape is None:
+    if not tensor.shape:
         return None
     rank, op = len(tensor.shape), op_of(node)
     if is_op(node, *_DISTRIBUTES):
         return int(node.attrs.get("axis", -1)) % rank
     if role_of(node) == "linear":
-        return op.output_axis % rank
+        left = is_op(node, "MatMul") and is_constant(node.inputs[0])  # the weight has one row per channel then
+        return (rank - 2 if left else op.output_axis) % rank
     for source in _activations(node):
         if source.name in known and source.shape is not None:
             if op.carries is not None:
@@ -118,11 +121,14 @@ def _axis_of(node: gs.Node, tensor: gs.Tensor, known: Mapping[str, int]) -> int 
 
 
 def distributed(graph: gs.Graph, targets: Iterable[str]) -> dict[str, int]:
-    """Of the values named, those that a Softmax, ArgMax or the like reads: the axis along which it does."""
+    """Of the values named, those that a Softmax, ArgMax or the like reads: the axis along which it does.
+
+    But for the first one, along which the values of several samples are joined.
+    """
     tensors, found = graph.tensors(), {}
     for name in targets:
         for reader in tensors[name].outputs:
             if is_op(reader, *_DISTRIBUTES, "ArgMax") and tensors[name].shape is not None:
                 default = 0 if reader.op == "ArgMax" else -1
                 found[name] = int(reader.attrs.get("axis", default)) % len(tensors[name].shape)
-    return found
+    return {name: axis for name, axis in found.items() if axis}

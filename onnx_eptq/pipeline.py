@@ -25,6 +25,7 @@ from onnx_eptq import calibrate, checkpoint, compensate, eptq, hessian, mirror, 
 from onnx_eptq import data as sources
 from onnx_eptq import graph as graphs
 from onnx_eptq.config import Config
+from onnx_eptq.data import feeds_whole
 from onnx_eptq.equalize import equalize
 from onnx_eptq.errors import CoverageError, DataError, ModelError, OutputError, UsageError, VerificationError
 from onnx_eptq.methods import EFFORTS, METHODS, Effort, Method
@@ -507,7 +508,7 @@ def calibrated(job: Job, phases: Phases, stats: calibrate.Stats | None = None) -
                 graph,
                 job.layers,
                 samples,
-                batch=len(next(iter(few))[teacher.input_names[0]]),
+                batch=len(calibrate.feed(teacher, next(iter(few)))[0]),
                 seed=config.seed,
             )
             qparams |= hessian.hmse_scales(job.plan, teacher, importance)
@@ -674,7 +675,8 @@ def learning_cost(method: Method, effort: Effort) -> float:
 
 def has_fixed_batch(job: Job) -> bool:
     """Whether the model takes one number of samples at a time only."""
-    return any(isinstance((tensor.shape or [None])[0], int) for tensor in job.graph.inputs)
+    shapes = [tuple(tensor.shape or ()) for tensor in job.graph.inputs]
+    return feeds_whole(shapes) or any(isinstance(shape[0], int) for shape in shapes)
 
 
 def learning_problem(job: Job, ready: Ready, method: Method | None = None) -> eptq.Problem:

@@ -94,7 +94,8 @@ def lower_opset(graph: gs.Graph, opset: int) -> None:
         axes = _const(node, 1)
         if node.op.startswith("Reduce") and node.op != "ReduceSum" and axes is not None:
             node.attrs["axes"] = [int(axis) for axis in axes.ravel()]
-            del node.inputs[1:]
+            while len(node.inputs) > 1:  # graphsurgeon's lists know no slices
+                node.inputs.pop()
         schema, older = onnx.defs.get_schema(node.op, graph.opset, ""), _schema(node.op, opset)
         if older:
             for name in set(node.attrs) - set(older.attributes):
@@ -1675,6 +1676,48 @@ def fold_batchnorm(graph: gs.Graph) -> int:
 def fold_scale(graph: gs.Graph) -> int:
     """Fold a product with a constant per channel into the weight of the linear operator before it."""
     return _fold_into_producer(graph, "Mul", "Div")
+
+
+@rewrite
+def fold_factor(graph: gs.Graph) -> int:
+    """Fold a product with one number (of an attention) into the linear operator that its operand comes from.
+
+    Through operators that move data, and products of two activations, into the weight of one of the two.
+    """
+    kept = _output_ids(graph)
+    changes = 0
+    for node in list(graph.nodes):
+        found = _constant_operand(node) if is_op(node, "Mul") and node.outputs else None
+        if found is None or found[1].size != 1 or not np.isfinite(found[1]).all() or not found[1].all():
+            continue
+        source, factor, _ = found
+        constants = _scaled_by(source, node, kept) if _same_dims(source, node.outputs[0], 0) else None
+        if constants and _bypass(graph, node, source, kept):
+            for linear, index in constants:
+                values = array(linear.inputs[index])
+                assert values is not None
+                _set_constant(graph, linear, index, values.astype(np.float64) * float(factor.reshape(-1)[0]))
+            changes += 1
+    return changes
+
+
+def _scaled_by(tensor: gs.Tensor, reader: gs.Node, kept: set[int]) -> list[tuple[gs.Node, int]] | None:
+    """Return constants, as node and input, that must be multiplied for the value to be, or None where others read it too."""
+    node = tensor.inputs[0] if isinstance(tensor, gs.Variable) and tensor.inputs else None
+    if node is None or not _only_for(tensor, reader, kept) or len(node.outputs) != 1:
+        return None
+    if is_op(node, *_LINEAR) and _const(node, 1) is not None:
+        if _linear_shape(node) is None or len(node.inputs[1].outputs) > 1:
+            return None
+        return [(node, 1)] if _const(node, 2) is None else [(node, 1), (node, 2)]
+    if is_op(node, "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"):
+        return _scaled_by(node.inputs[0], node, kept)
+    if is_op(node, "MatMul"):  # of one value with itself, the product would be scaled twice
+        squares = node.inputs[0] is node.inputs[1]
+        return None if squares else next(filter(None, (_scaled_by(t, node, kept) for t in node.inputs)), None)
+    bias = _constant_operand(node) if is_op(node, "Add") else None
+    before = None if bias is None else _scaled_by(bias[0], node, kept)
+    return None if bias is None or before is None else [*before, (node, bias[2])]
 
 
 @rewrite

@@ -6,6 +6,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -122,6 +123,45 @@ def test_values_that_are_no_numbers_are_refused() -> None:
         model = parse("(float[N,4] x) => (float[N,4] y) { y = MatMul(x, w) }", w=weight)
         with pytest.raises(ModelError, match=message):
             quantize(model, samples(model), threads=1)
+
+
+WHOLE = {  # inputs without a batch axis in common: the model, and what a sample holds
+    "a scalar": (
+        "(float[N,4] x, float s) => (float[N,3] y) { h = MatMul(x, w) r = Relu(h) g = MatMul(r, v) y = Mul(g, s) }",
+        {"x": (5, 4), "s": ()},
+    ),
+    "a scalar first": (
+        "(float s, float[1,4] x) => (float[1,3] y) { h = MatMul(x, w) r = Relu(h) g = MatMul(r, v) y = Mul(g, s) }",
+        {"s": (), "x": (1, 4)},
+    ),
+    "a state first": (
+        """(float[2,1,4] state, float[1,4] x) => (float[1,3] y) {
+          a = Gather <axis=0> (state, one) b = Add(a, x) h = MatMul(b, w) r = Relu(h) y = MatMul(r, v)
+        }""",
+        {"state": (2, 1, 4), "x": (1, 4)},
+    ),
+    "a scalar comes out": (
+        """(float[2,4] state, float[1,4] x) => (float y) {
+          a = Add(state, x) h = MatMul(a, w) r = Relu(h) g = MatMul(r, v) y = ReduceMean <keepdims=0> (g)
+        }""",
+        {"state": (2, 4), "x": (1, 4)},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "rtn"}, {"weight_calibration": "hmse", "method": "rtn"}, {"steps": 4}], ids=str
+)
+@pytest.mark.parametrize("name", WHOLE)
+def test_models_without_a_batch_axis(name: str, options: dict[str, Any]) -> None:
+    text, shapes = WHOLE[name]
+    constants = {"w": W(4, 8), "v": W(8, 3)} | ({"one": np.int64(1)} if "one" in text.split("{")[1] else {})
+    rng = np.random.default_rng(0)
+    data = {key: rng.normal(1, size=(24, *shape)).astype(np.float32) for key, shape in shapes.items()}
+    result = quantize(parse(text, **constants), data, threads=1, **options)
+    assert result.report.fidelity.samples == 24
+    assert min(result.report.fidelity.sqnr_db.values()) > 25
+    assert {"w", "v"} <= set(result.plan)
 
 
 def test_layers_that_lie_in_a_branch_alone_are_named() -> None:

@@ -43,6 +43,8 @@ CLASSES = {  # what stands behind `h`, a Conv of [N,5,8,8]: the output's rank an
     "r = Reshape(h, mixed) y = MatMul(r, u)": (3, 2),
     "r = Reshape(h, mixed) a = MatMul(r, u) b = Reshape(a, rows) y = LogSoftmax(b)": (2, 1),
     "y = Reshape(h, flat)": (2, 1),
+    "r = Reshape(h, mixed) y = MatMul(rows_of, r)": (3, 1),
+    "r = Reshape(h, flat) y = MatMul(r, single)": (1, None),
 }
 
 
@@ -51,6 +53,8 @@ def test_where_the_classes_lie(end):
     rank, axis = CLASSES[end]
     dims = ",".join("abcd"[:rank])
     shapes = {"cells": i64(0, 5, -1), "mixed": i64(0, 8, -1), "flat": i64(0, 320), "rows": i64(-1, 6)}
+    shapes |= {} if "rows_of" not in end else {"rows_of": W(6, 8)}
+    shapes |= {} if "single" not in end else {"single": W(320)}
     values = {"w": W(5, 3, 1, 1), "v": W(320, 4), "u": W(40, 6), "twice": np.array([1, 1, 2, 2], np.float32)}
     proto = parse(f"(float[N,3,8,8] x) => (float[{dims}] y) {{ h = Conv(x, w) {end} }}", **values, **shapes)
     assert class_axes(prepared(proto)) == ({} if axis is None else {"y": axis})
@@ -60,13 +64,15 @@ SELECTIONS = {  # what is picked: by values of the network, or by what it is giv
     "v, i = TopK(h, k) y = Identity(v)": ["h"],
     "v, i = TopK(x, k) y = GatherElements <axis=1> (h, i)": ["x", "h"],
     "v, i = TopK(lengths, k) f = Cast <to=1> (v) y = Add(h, f)": None,
+    "e = Gather(table, lengths) s = ReduceMean <keepdims=0> (e, last) v, i = TopK(s, k) y = Add(h, v)": ["h", "s"],
 }
 
 
 @pytest.mark.parametrize("end", SELECTIONS)
 def test_outputs_that_values_of_the_network_select(end):
     text = f"(float[N,3] x, int64[N,3] lengths) => (float[N,3] y) {{ h = MatMul(x, w) {end} }}"
-    found = selections(prepared(parse(text, w=W(3, 3), k=i64(3))))
+    constants = {} if "table" not in end else {"table": W(9, 4), "last": i64(2)}
+    found = selections(prepared(parse(text, w=W(3, 3), k=i64(3), **constants)))
     assert {name: sorted(values) for name, values in found.items()} == (
         {} if SELECTIONS[end] is None else {"y": sorted(SELECTIONS[end])}
     )
@@ -76,7 +82,7 @@ READERS = {
     "y = Softmax <axis=1> (h)": {"h": 1},
     "y = Softmax(h)": {"h": 2},
     "i = ArgMax <axis=2> (h) y = Cast <to=1> (i)": {"h": 2},
-    "i = ArgMax(h) y = Cast <to=1> (i)": {"h": 0},
+    "i = ArgMax(h) y = Cast <to=1> (i)": {},  # over the samples
     "y = Sigmoid(h)": {},
     "y = Relu(h)": {},
 }

@@ -367,6 +367,15 @@ for line in ("y = Mul(a, s)", "y = Mul(s, a)", "y = Div(a, s)"):
         example("fold_scale", IMAGE + "{ a = Conv(x, w, b)\n " + line + " }", "Conv", s=scale, **CONV)
 example("fold_scale", "(float[N,5,3] x) => (float[N,5,4] y) { a = MatMul(x, w)\n y = Mul(a, s) }", "MatMul",
         w=rand(3, 4), s=rand(4))  # fmt: skip
+QUERY = "a = MatMul(x, w)\n b = Add(a, bias)\n c = Reshape(b, heads)\n q = Transpose<perm = [0, 2, 1, 3]>(c)\n"
+KEYS = "k = Transpose<perm = [0, 1, 3, 2]>(u)\n"
+for line in ("y = Mul(q, s)", "y = Mul(s, q)"):
+    example("fold_factor", "(float[N,5,3] x) => (float[N,2,5,2] y) {" + QUERY + line + " }",
+            "MatMul Add Reshape Transpose", w=rand(3, 4), bias=rand(4), heads=vec(0, 5, 2, 2), s=one(0.5))  # fmt: skip
+for line in ("p = MatMul(q, k)\n y = Mul(p, s)", "p = MatMul(k, q)\n y = Mul(p, s)"):
+    example("fold_factor", "(float[N,5,3] x, float[N,2,5,5] u) => (float[N,2,5,5] y) {" + QUERY + KEYS + line + " }",
+            "MatMul Add Reshape Transpose Transpose MatMul", w=rand(3, 10), bias=rand(10), heads=vec(0, 5, 2, 5),
+            s=one(-3))  # fmt: skip
 for divisor in (one(8), positive(4), np.array([-0.3, 7.0, 1e-3, 255.0], np.float32)):
     example("use_products", V + "{ a = Relu(x)\n y = Div(a, s) }", "Relu Mul", s=divisor)
 for line in ("y = Add(a, s)", "y = Add(s, a)", "y = Sub(a, s)", "y = Sub(s, a)"):

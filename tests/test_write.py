@@ -160,6 +160,16 @@ def test_opset_13_computes_the_same(name, form):
         np.testing.assert_array_equal(values, expected[output])
 
 
+@pytest.mark.parametrize("op", ["ReduceMean", "ReduceMax", "ReduceL2", "ReduceSum"])
+def test_opset_13_reduces_over_the_same_axes(op):
+    text = f"(float[N,4,5] x) => (float[N,4,3] y) {{ h = MatMul(x, w) r = {op} <keepdims=1> (h, axes) y = Add(h, r) }}"
+    found = quantize(parse(text, w=weights(0)(5, 3), axes=np.array([-1])))
+    old = rewritten(found, "int8", opset=13)
+    onnx.checker.check_model(old, full_check=True)
+    expected = run_ort(rewritten(found, "int8"), found.batches[0])["y"]
+    np.testing.assert_array_equal(run_ort(old, found.batches[0])["y"], expected)
+
+
 @pytest.mark.parametrize("form", ["int4", "cast"])
 def test_four_bit_types_need_opset_21(form):
     with pytest.raises(ModelError, match="13"):
