@@ -194,7 +194,7 @@ def quantize(
     save_config: Annotated[Path | None, option(RUN, "Write all settings as a YAML file")] = None,
     as_json: Annotated[bool, option(RUN, "Print the report as JSON", "--json")] = False,
     verbose: Annotated[int, typer.Option("-v", "--verbose", count=True, help="More messages", rich_help_panel=RUN)] = 0,
-    quiet: Annotated[bool, option(RUN, "Print nothing but errors", "-q", "--quiet")] = False,
+    quiet: Annotated[bool, option(RUN, "Print nothing but errors, and what --json asks for", "-q", "--quiet")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version", rich_help_panel=RUN)
     ] = False,
@@ -306,8 +306,10 @@ def _run(
         plan, report = result.plan, result.report
     if plan_out:
         _write(plan_out, plan.to_json())
-    if not flags.quiet:
-        typer.echo(report.to_json() if flags.as_json else str(report))
+    if flags.as_json:
+        typer.echo(report.to_json())
+    elif not flags.quiet:
+        typer.echo(str(report))
 
 
 def _log(verbose: int, quiet: bool) -> None:

@@ -42,7 +42,7 @@ def test_quantizes_and_reports(tmp_path: Path) -> None:
     assert yaml.safe_load(config.read_text())["weight_bits"] == 4
 
     again = tmp_path / "again.onnx"
-    run = cli(DIGITS, CALIB, "-o", again, "--config", config, "--plan-in", plan, "--json", "-q")
+    run = cli(DIGITS, CALIB, "-o", again, "--config", config, "--plan-in", plan, "-q")
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert again.read_bytes() == output.read_bytes()
 
@@ -53,6 +53,9 @@ def test_json_report(tmp_path: Path) -> None:
     assert report["coverage"]["quantized_layers"] == report["coverage"]["layers"]
     assert report["parity"]["basic_equals_off"] is True
     assert report["samples"] == 32
+    quiet = cli(DIGITS, CALIB, "-o", tmp_path / "q.onnx", "--json", "-q", "--num-samples", 32)
+    assert quiet.stderr == ""
+    assert json.loads(quiet.stdout)["coverage"] == report["coverage"]
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
