@@ -284,6 +284,25 @@ def test_distance_by_hand():
     assert judge.distance(found.student) == float("inf")
 
 
+@pytest.mark.parametrize(("end", "axis"), [("Softmax(h)", 2), ("Softmax <axis=1> (h)", 1), ("Sigmoid(h)", None)])
+def test_divergence_is_along_the_axis_of_the_classes(end, axis):
+    """Of a sequence at every position; scores that no Softmax compares have none."""
+    draw = weights(5)
+    text = f"(float[N,5,6] x) => (float[N,5,4] y) {{ a = MatMul(x, w) b = Relu(a) h = MatMul(b, v) y = {end} }}"
+    found = models.quantize(parse(text, w=draw(6, 8), v=draw(8, 4)), Rules(3, 8))
+    samples = models.samples_of(found, 12)
+    judge = Judge(found.teacher, found.graph, ["h"], samples, batch=5)
+    a, b = (
+        pieces.function(mirror, pieces.placeholders(mirror), [pieces.raw_nodes(mirror)["h"]])(*samples)[0]
+        for mirror in (found.teacher, found.student)
+    )
+    total = float((a - b).square().sum() / a.square().sum())
+    if axis is not None:
+        p, q = a.softmax(axis), b.softmax(axis)
+        total += float((p * (p / q).log()).sum(axis).mean())
+    assert judge.distance(found.student) == pytest.approx(total, rel=1e-4)
+
+
 def test_what_is_learned_replaces_a_start_by_more_than_chance():
     """The paired gain against its standard error, as a t statistic would be."""
     generator = torch.Generator().manual_seed(3)
