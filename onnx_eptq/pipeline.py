@@ -32,7 +32,7 @@ from onnx_eptq.methods import EFFORTS, METHODS, Effort, Method
 from onnx_eptq.mixed import Mixed
 from onnx_eptq.outputs import class_axes, judged_targets, selections
 from onnx_eptq.plan import Layer, Plan, Rules, check_ops, check_plan, linear_layers, make_plan
-from onnx_eptq.prepare import add_biases, free_batch, prepare
+from onnx_eptq.prepare import add_biases, free_batch, lower_opset, prepare
 from onnx_eptq.report import Phases, Report, find_islands, measure_coverage
 from onnx_eptq.targets import TARGETS, Target
 from onnx_eptq.widths import DEFAULT_WEIGHT_WIDTHS, Asked, Group, candidates, with_widths
@@ -163,6 +163,8 @@ def begin(
         changes = prepare(graph)
         check_values(graph)
         check_runtime(source)
+        if config.opset < graph.opset:
+            lower_opset(graphs.copy(graph), config.opset)  # only to hear now of what has no form there
         if config.bias_correction:
             add_biases(graph)
         groups: Sequence[Group] = ()
