@@ -88,8 +88,8 @@ def selections(graph: gs.Graph) -> dict[str, list[str]]:
 def class_axes(graph: gs.Graph) -> dict[str, int]:
     """The axis along which an output holds one number per class, of each output for which the graph tells.
 
-    That of the Softmax or linear operator it comes from, followed through what lies between; else the last one of two. The
-    first axis is that of the samples.
+    That of the Softmax or linear operator it comes from, followed through what lies between. The first axis is that of the
+    samples.
     """
     known: dict[str, int] = {}
     for node in graph.nodes:
@@ -97,8 +97,7 @@ def class_axes(graph: gs.Graph) -> dict[str, int]:
             axis = _axis_of(node, tensor, known)
             if axis is not None:
                 known[tensor.name] = axis
-    pairs = {tensor.name: 1 for tensor in graph.outputs if tensor.shape is not None and len(tensor.shape) == 2}
-    return pairs | {tensor.name: known[tensor.name] for tensor in graph.outputs if known.get(tensor.name)}
+    return {tensor.name: known[tensor.name] for tensor in graph.outputs if known.get(tensor.name)}
 
 
 def _axis_of(node: gs.Node, tensor: gs.Tensor, known: Mapping[str, int]) -> int | None:

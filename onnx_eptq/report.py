@@ -126,7 +126,8 @@ class Report:
     def _lines(self) -> Iterator[str]:
         yield f"coverage   {self.coverage}"
         layers = self.coverage.float_layers
-        reasons = list({**layers, **self.coverage.float_values, **layers}.items())  # layers first
+        values = self.coverage.float_values.items()
+        reasons = [*layers.items(), *((name, reason) for name, reason in values if name not in layers)]
         for name, reason in reasons[:MAX_REASONS]:
             yield f"  float    {name}: {reason}"
         if len(reasons) > MAX_REASONS:

@@ -19,7 +19,7 @@ from onnx_eptq.prepare import lower_opset
 Storage = Callable[["Writer", str, np.ndarray, Grid], gs.Tensor]
 STORAGE: dict[str, Storage] = {}
 NAME_LENGTH = 56  # every value gives its name to a dozen others, which in a small model outweigh its weights
-SHIELDED = ("Conv", "ConvTranspose", "Gemm")
+SHIELDED = ("Conv", "ConvTranspose", "Gemm")  # where ONNX Runtime rounds float weights: `float_channels`
 SUB_BYTE = {DTYPES["int4"].onnx, DTYPES["uint4"].onnx}
 
 
@@ -94,9 +94,6 @@ class Writer:
         """Put Quantize -> Dequantize on a variable; whoever reads the variable then reads the dequantized one."""
         value = self.tensors[point.value]
         root = point.tied_to or point.value
-        qparams = self.quantized[root].qparams
-        scale = self.common(f"{root}_scale", qparams.scale.numpy())
-        zero_point = self.common(f"{root}_zero_point", qparams.zero_point.numpy().astype(np.uint8))
         readers = list(value.outputs)
         restored: gs.Variable
         if value.inputs:  # the name stays with the dequantized value, so that graph outputs keep theirs
@@ -111,7 +108,7 @@ class Writer:
             )
             for reader in readers:
                 _replace_input(reader, value, restored)
-        codes = self.node("QuantizeLinear", f"{value.name}_quantized", [source, scale, zero_point])
+        codes = self.node("QuantizeLinear", f"{value.name}_quantized", [source, *self.parameters(root)])
         if point.grid.bits < 8:  # no runtime executes narrower activations, but an integer Min keeps its kernels usable
             limit = self.common(f"qmax_{point.grid.qmax}", np.array(point.grid.qmax, np.uint8))
             codes = self.node("Min", f"{value.name}_limited", [codes, limit])
@@ -123,6 +120,18 @@ class Writer:
             if channels != plain:
                 node.inputs[0] = self.dequantized(f"{node.name or node.op}_input", codes, root, channels)
 
+    def parameters(self, root: str, channels: tuple[int, int] | None = None) -> list[gs.Tensor]:
+        """Scale and zero point of an activation's grid, or as many equal ones as an axis is long: (axis, size)."""
+        scale, zero_point = (number.numpy() for number in self.quantized[root].qparams)
+        suffix = ""
+        if channels is not None:
+            size = channels[1]
+            scale, zero_point, suffix = np.full(size, scale), np.full(size, zero_point), f"_{size}"
+        return [
+            self.common(f"{root}_scale{suffix}", scale),
+            self.common(f"{root}_zero_point{suffix}", zero_point.astype(np.uint8)),
+        ]
+
     def dequantized(
         self,
         name: str,
@@ -131,16 +140,9 @@ class Writer:
         channels: tuple[int, int] | None,
         output: gs.Variable | None = None,
     ) -> gs.Variable:
-        """Append a DequantizeLinear with one scale, or with as many equal ones as an axis is long: (axis, size)."""
-        qparams = self.quantized[root].qparams
-        if channels is None:
-            scale = self.common(f"{root}_scale", qparams.scale.numpy())
-            zero_point = self.common(f"{root}_zero_point", qparams.zero_point.numpy().astype(np.uint8))
-            return self.node("DequantizeLinear", name, [codes, scale, zero_point], output)
-        axis, size = channels
-        scale = self.common(f"{root}_scales_{size}", np.full(size, qparams.scale.numpy(), np.float32))
-        zero_point = self.common(f"{root}_zero_points_{size}", np.full(size, qparams.zero_point.numpy(), np.uint8))
-        return self.node("DequantizeLinear", name, [codes, scale, zero_point], output, axis=axis)
+        """Append the DequantizeLinear of an activation, with `parameters` of these channels."""
+        attrs = {} if channels is None else {"axis": channels[0]}
+        return self.node("DequantizeLinear", name, [codes, *self.parameters(root, channels)], output, **attrs)
 
     def leaves(self, tensor: gs.Variable) -> bool:
         """Whether the tensor is a network output, or a subgraph reads it."""

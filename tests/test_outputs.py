@@ -42,7 +42,7 @@ CLASSES = {  # what stands behind `h`, a Conv of [N,5,8,8]: the output's rank an
     "r = Reshape(h, flat) y = MatMul(r, v)": (2, 1),
     "r = Reshape(h, mixed) y = MatMul(r, u)": (3, 2),
     "r = Reshape(h, mixed) a = MatMul(r, u) b = Reshape(a, rows) y = LogSoftmax(b)": (2, 1),
-    "y = Reshape(h, flat)": (2, 1),
+    "y = Reshape(h, flat)": (2, None),
     "r = Reshape(h, mixed) y = MatMul(rows_of, r)": (3, 1),
     "r = Reshape(h, flat) y = MatMul(r, single)": (1, None),
 }
