@@ -340,6 +340,18 @@ def array(tensor: gs.Tensor) -> np.ndarray[Any, Any] | None:
     return np.asarray(tensor.values)
 
 
+def is_mask(values: np.ndarray[Any, Any]) -> bool:
+    """Whether an operand pushes elements out of a Softmax: zeros, and negative numbers no score comes near.
+
+    On one grid with such numbers, all real scores would fall on one step.
+    """
+    size = np.abs(values.astype(np.float64))
+    if not values.size or np.isnan(size).any() or size.max() < 1e3 or values.min() >= 0:
+        return False
+    top = size.max()
+    return bool(np.all((size >= 0.5 * top) | (size <= (1e-3 * top if np.isfinite(top) else 1e3))))
+
+
 def extras(graph: gs.Graph) -> Extras:
     """Return the graph's `Extras`, made empty for a graph that was not loaded here."""
     if "extras" not in vars(graph):  # getattr on a gs.Graph prints an error for a missing attribute

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import onnx_graphsurgeon as gs
 
 from onnx_eptq.graph import is_op, variables_read
-from onnx_eptq.ops import Op, op_of
-from onnx_eptq.plan import is_constant, is_float, role_of
+from onnx_eptq.ops import op_of
+from onnx_eptq.plan import is_constant, is_float, masks, role_of
 
 _DISTRIBUTES = ("Softmax", "LogSoftmax", "Hardmax")
 
@@ -17,9 +17,9 @@ def learning_targets(graph: gs.Graph) -> list[str]:
     """The float values that stand for the network's outputs.
 
     Behind them gradients vanish or end: a final Softmax, Sigmoid, ArgMax, TopK, NonMaxSuppression or detection decode is cut
-    off (`Op.squashes`).
+    off (`Op.squashes`), and so is a mask, beside whose numbers no error counts.
     """
-    return _ends(graph, lambda op: op.squashes)
+    return _ends(graph, lambda node: op_of(node).squashes or masks(node))
 
 
 def judged_targets(graph: gs.Graph) -> list[str]:
@@ -27,10 +27,10 @@ def judged_targets(graph: gs.Graph) -> list[str]:
 
     Distances need no gradient, and where most scores are near 0 (objects of a detector) it is the others that count.
     """
-    return _ends(graph, lambda op: op.squashes and not op.unary)
+    return _ends(graph, lambda node: (op_of(node).squashes and not op_of(node).unary) or masks(node))
 
 
-def _ends(graph: gs.Graph, squashes: Callable[[Op], bool]) -> list[str]:
+def _ends(graph: gs.Graph, squashes: Callable[[gs.Node], bool]) -> list[str]:
     return list(dict.fromkeys(name for tensor in graph.outputs for name in _before_squashing(tensor, squashes)))
 
 
@@ -38,11 +38,11 @@ def _activations(node: gs.Node) -> list[gs.Tensor]:
     return [tensor for tensor in variables_read(node) if not is_constant(tensor)]
 
 
-def _squashed(tensor: gs.Tensor, known: dict[str, bool], squashes: Callable[[Op], bool]) -> bool:
+def _squashed(tensor: gs.Tensor, known: dict[str, bool], squashes: Callable[[gs.Node], bool]) -> bool:
     """Whether an operator that squashes lies between the last linear operators and this value."""
     if tensor.name not in known:
         known[tensor.name] = any(
-            squashes(op_of(node))
+            squashes(node)
             or not is_float(tensor)
             or (role_of(node) != "linear" and any(_squashed(source, known, squashes) for source in _activations(node)))
             for node in tensor.inputs
@@ -50,7 +50,7 @@ def _squashed(tensor: gs.Tensor, known: dict[str, bool], squashes: Callable[[Op]
     return known[tensor.name]
 
 
-def _before_squashing(tensor: gs.Tensor, squashes: Callable[[Op], bool]) -> Iterator[str]:
+def _before_squashing(tensor: gs.Tensor, squashes: Callable[[gs.Node], bool]) -> Iterator[str]:
     known: dict[str, bool] = {}
     stack, seen = [tensor], set()
     while stack:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_eptq.errors import ModelError, UnsupportedOp, UsageError
-from onnx_eptq.graph import is_op
+from onnx_eptq.graph import is_mask, is_op
 from onnx_eptq.grid import Grid
 from onnx_eptq.ops import QUANTIZED, op_name, op_of
 from onnx_eptq.targets import Target
@@ -199,7 +199,8 @@ def _bias_of(node: gs.Node) -> tuple[gs.Constant | None, gs.Node]:
     if len(consumers) == 1 and is_op(consumers[0], "Add"):
         other = [tensor for tensor in consumers[0].inputs if tensor is not output]
         channels = node.inputs[1].shape[-1] if node.inputs[1].shape else None
-        if len(other) == 1 and is_constant(other[0]) and list(other[0].shape) == [channels]:
+        constant = len(other) == 1 and is_constant(other[0]) and list(other[0].shape) == [channels]
+        if constant and not is_mask(np.asarray(other[0].values)):
             return other[0], consumers[0]
     return None, node
 
@@ -244,19 +245,8 @@ def _matches(patterns: Sequence[str], *names: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
 
 
-def is_mask(values: np.ndarray) -> bool:
-    """Whether an operand pushes elements out of a Softmax: zeros, and negative numbers no score comes near.
-
-    On one grid with such numbers, all real scores would fall on one step.
-    """
-    size = np.abs(values.astype(np.float64))
-    if not values.size or np.isnan(size).any() or size.max() < 1e3 or values.min() >= 0:
-        return False
-    top = size.max()
-    return bool(np.all((size >= 0.5 * top) | (size <= (1e-3 * top if np.isfinite(top) else 1e3))))
-
-
-def _masks(node: gs.Node) -> bool:
+def masks(node: gs.Node) -> bool:
+    """Whether a constant operand rules elements out (`is_mask`): their scores are huge negative numbers or minus infinity."""
     constants = (tensor for tensor in node.inputs if is_constant(tensor) and is_float(tensor))
     return op_of(node).operands and any(is_mask(np.asarray(tensor.values)) for tensor in constants)
 
@@ -327,19 +317,21 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[
     Seeds are the nodes the user keeps, operators whose result 8 bits cannot hold (Log, Reciprocal, ...), and what decodes
     detections. Operators between seeds join: those whose every consumer is inside, and those that read an inside value which
     nothing outside needs. A linear operator joins when all that reads it is inside (the matrices of a spectrogram before its
-    Log), but for a decoding: its weights are quantized all the same. What such an operator reads joins only near the inputs:
-    a classifier that ends in a Log is no spectrogram. So it reads float only if its whole result, and that of the linear
-    operators before it, goes through seeds: of x / |x| some goes round.
+    Log), but for a decoding or a mask: its weights are quantized all the same. What such an operator reads joins only near
+    the inputs: a classifier that ends in a Log is no spectrogram. So it reads float only if its whole result, and that of the
+    linear operators before it, goes through seeds: of x / |x| some goes round.
     """
     region = {id(node): "kept float as asked" for node in graph.nodes if id(node) in kept}
     seeds = (n for n in graph.nodes if role_of(n) == "sensitive" and id(n) not in region)
     region |= {id(n): ISLAND_REASON.format(n.op) if op_of(n).island else f"{n.op} needs float" for n in seeds}
-    region |= {id(n): "applies a mask of huge numbers" for n in graph.nodes if _masks(n) and id(n) not in region}
+    masking = {id(n): "applies a mask of huge numbers" for n in graph.nodes if masks(n) and id(n) not in region}
+    region |= masking
     decoding = {key: reason for key, reason in _decoding(graph).items() if key not in region}
     funnel = {
-        id(n) for n in graph.nodes if id(n) in region and id(n) not in decoding and n.op != "Div"
+        id(n) for n in graph.nodes if id(n) in region and id(n) not in decoding | masking and n.op != "Div"
     }  # x / |x| goes on
     region |= decoding
+    late = {*decoding, *masking}  # and what joins the region for their sake: no spectrogram leads to them
     islands = {id(node) for node in graph.nodes if op_of(node).island}  # what reads or feeds them can be quantized
     growing = {key for key, reason in region.items() if reason != "kept float as asked" and key not in islands}
     region |= {
@@ -360,7 +352,7 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[
         if role_of(node) == "linear" and not any(is_constant(tensor) for tensor in node.inputs[:2]):
             return False  # a product of two activations, before the mask of an attention: worth its 8 bits
         consumers = [consumer for tensor in node.outputs for consumer in tensor.outputs]
-        if role_of(node) == "linear" and any(id(c) in decoding for c in consumers):
+        if role_of(node) == "linear" and any(id(c) in late for c in consumers):
             return False
         if consumers and all(inside(c, node) for c in consumers) and not any(id(t) in outputs for t in node.outputs):
             return True
@@ -379,6 +371,8 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[
                 reason = next((decoding[reader] for reader in readers if reader in decoding), None)
                 if reason:
                     decoding[id(node)] = reason
+                if any(id(c) in late for tensor in node.outputs for c in tensor.outputs):
+                    late.add(id(node))
                 region[id(node)] = reason or "between operators that need float"
                 growing.add(id(node))
                 if not reason and all(id(c) in funnel for tensor in node.outputs for c in tensor.outputs):
@@ -405,6 +399,7 @@ class _Planner:
         kept |= {id(layer.node) for layer in self.layers if _matches(rules.keep_float, layer.weight.name)}
         self.kept = kept
         self.region, self.front = _float_region(graph, kept)
+        self.masked = {id(tensor) for node in graph.nodes if masks(node) for tensor in node.outputs}
         self.bias_sums = {id(layer.node.outputs[0]) for layer in self.layers if layer.bias_node is not layer.node}
 
     def bits(self, default: int, *names: str) -> int:
@@ -433,6 +428,8 @@ class _Planner:
         layers = (n for n in tensor.outputs if role_of(n) == "linear" and id(n) not in self.front | self.kept)
         if neighbours and all(id(node) in self.region for node in neighbours) and not any(layers):
             return self.region[id(neighbours[0])]
+        if id(tensor) in self.masked & self.outputs:
+            return "a masked output: on one grid with the mask, its scores would be equal"
         if tensor.inputs and _is_single(tensor.inputs[0]):
             return "a Softmax of single elements, which integer kernels compute as 0"
         if tensor.outputs and id(tensor) not in self.outputs and all(role_of(n) == "untouched" for n in tensor.outputs):

@@ -17,7 +17,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter, dtype_to_onn
 
 from onnx_eptq import graph as og
 from onnx_eptq.errors import ModelError
-from onnx_eptq.graph import array, constant, is_op
+from onnx_eptq.graph import array, constant, is_mask, is_op
 
 LOG = logging.getLogger(__name__)
 OPSET = 21
@@ -1504,7 +1504,7 @@ def fuse_gemm(graph: gs.Graph) -> int:
         weight = _const(matmul, 1)
         if weight is None or weight.ndim != 2 or _rank(matmul.inputs[0]) != 2:
             continue
-        if _row(found[1], weight.shape[1]) is not None:
+        if _row(found[1], weight.shape[1]) is not None and not is_mask(found[1]):
             _mutate(node, "Gemm", [*matmul.inputs, node.inputs[found[2]]], {})
             changes += 1
     return changes
@@ -1651,7 +1651,7 @@ def _absorb_affine(graph: gs.Graph, linear: gs.Node, node: gs.Node) -> bool:
     weight, bias = array(linear.inputs[1]), _const(linear, 2)
     rescales, shifts = bool(np.any(scale != 1)), bool(np.any(shift != 0))
     shared = len(linear.inputs[1].outputs) > 1
-    if not (np.isfinite(scale).all() and np.isfinite(shift).all()) or weight is None:
+    if not (np.isfinite(scale).all() and np.isfinite(shift).all()) or weight is None or is_mask(shift):
         return False
     if (rescales and shared) or (shifts and linear.op == "MatMul" and shape != (1, 2, len(scale))):
         LOG.debug("%s '%s' stays: '%s' is shared or has no bias", node.op, node.name, linear.name)
@@ -1739,6 +1739,31 @@ def use_products(graph: gs.Graph) -> int:
 def fold_bias(graph: gs.Graph) -> int:
     """Fold a sum with a constant per channel into the bias of the linear operator before it."""
     return _fold_into_producer(graph, "Add", "Sub")
+
+
+@rewrite
+def split_masks(graph: gs.Graph) -> int:
+    """Take out of biases what rules classes out (-inf, -1e9): on one grid with it, all other scores would be equal.
+
+    Before a Relu or Clip it stays: there, it only means 0 or the lower bound.
+    """
+    changes = 0
+    for node in list(graph.nodes):
+        bias, out = _const(node, 2) if is_op(node, "Conv", "ConvTranspose", "Gemm") else None, node.outputs[:1]
+        clamped = bool(out) and bool(out[0].outputs) and all(is_op(r, "Relu", "Clip") for r in out[0].outputs)
+        if bias is None or bias.ndim != 1 or not is_mask(bias) or clamped:
+            continue
+        ruled_out = np.abs(bias) >= 0.5 * np.abs(bias).max()
+        mask = np.where(ruled_out, bias, 0).astype(bias.dtype)
+        _set_constant(graph, node, 2, np.where(ruled_out, 0, bias))
+        masked, scores = out[0], gs.Variable(_name(graph, f"{out[0].name}_unmasked"), out[0].dtype, out[0].shape)
+        node.outputs.clear()
+        node.outputs.append(scores)
+        spread = () if node.op == "Gemm" else (1,) * (len(node.inputs[1].shape) - 2)
+        operand = _new_constant(graph, f"{masked.name}_mask", mask.reshape(-1, *spread))
+        graph.nodes.append(gs.Node("Add", _name(graph, f"{node.name}_mask"), {}, [scores, operand], [masked]))
+        changes += 1
+    return changes
 
 
 @rewrite

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.reference
 import pytest
 
 import onnx_eptq
 from models import f32, heed_sigint, i64, parse, weights
 from onnx_eptq.errors import DataError, ModelError
-from onnx_eptq.plan import is_mask
+from onnx_eptq.graph import is_mask
 
 ROOT = Path(__file__).parents[1]
 W = weights(5)
@@ -103,6 +104,46 @@ def test_masks_do_not_eat_the_grid_of_the_scores(masked: str, value: float) -> N
     assert report.fidelity is not None
     assert report.fidelity.sqnr_db["y"] > 28
     assert any("mask" in reason or "between" in reason for reason in report.coverage.float_values.values())
+
+
+@pytest.mark.parametrize("value", [-1e4, -1e9, -np.inf])
+@pytest.mark.parametrize(
+    "end",
+    [
+        "y = Gemm(x, w, mask)",
+        "s = MatMul(x, w) y = Add(s, mask)",
+        "s = MatMul(x, w) r = Relu(s) y = Add(r, mask)",
+        "s = MatMul(x, w) y = Where(keep, s, low)",
+        "s = MatMul(x, w) y = Where(keep, s, low) p = Softmax(y)",
+    ],
+)
+def test_scores_beside_a_mask_are_outputs_as_exact_as_without_it(end: str, value: float) -> None:
+    mask = np.array([0, value, 0, 0], np.float32)
+    model = parse(
+        "(float[N,8] x) => (float[N,4] y) {" + end + "}", w=W(4, 8).T.copy(), mask=mask, keep=mask == 0, low=f32(value)
+    )
+    data = np.random.default_rng(1).normal(size=(64, 8)).astype(np.float32)
+    result = onnx_eptq.quantize(model, data, weight_bits=8, effort="fast", threads=1)
+    assert result.report.coverage.complete
+    assert result.plan.floats["y"]
+    assert result.report.learning is not None
+    assert 0 < result.report.learning.distances["rtn"] < 0.01
+    ours, theirs = (
+        onnx.reference.ReferenceEvaluator(each).run(["y"], {"x": data})[0] for each in (result.model, model)
+    )
+    np.testing.assert_allclose(ours[:, 1], theirs[:, 1], atol=0.1)
+    np.testing.assert_allclose(ours[:, [0, 2, 3]], theirs[:, [0, 2, 3]], atol=0.1)
+
+
+def test_a_bias_that_closes_a_channel_is_no_mask() -> None:
+    model = parse(
+        "(float[N,4] x) => (float[N,4] y) { s = Gemm <transB=1> (x, w, b) y = Relu(s) }",
+        w=W(4, 4),
+        b=f32(0, -1e4, 0, 0),
+    )
+    result = quantize(model, samples(model), threads=1)
+    assert result.report.coverage.complete
+    assert not result.plan.floats
 
 
 def test_what_is_a_mask() -> None:

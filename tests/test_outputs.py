@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from models import i64, parse, prepared, weights
+from models import f32, i64, parse, prepared, weights
 from onnx_eptq.outputs import class_axes, distributed, learning_targets, selections
 
 W = weights(3)
@@ -18,6 +18,10 @@ ENDS = {  # what stands behind `h = MatMul(x, w)`: the targets
     "s = Sigmoid(h) y = Mul(h, s)": ["h"],
     "s = Sigmoid(h) m = Mul(h, s) y = MatMul(m, v)": ["y"],
     "s = Softmax(h) r = Reshape(s, flat) y = Identity(r)": ["h"],
+    "y = Add(h, mask)": ["h"],
+    "y = Where(keep, h, low)": ["h"],
+    "m = Add(h, mask) y = Softmax(m)": ["h"],
+    "m = Add(h, mask) y = MatMul(m, v)": ["y"],
     "a = MatMul(h, v) b = MatMul(h, v) s = Softmax(a) t = Sigmoid(b) y = Concat <axis=1> (s, t)": ["a", "b"],
 }
 
@@ -25,7 +29,8 @@ ENDS = {  # what stands behind `h = MatMul(x, w)`: the targets
 @pytest.mark.parametrize("end", ENDS)
 def test_squashing_ends_are_cut_off(end):
     text = f"(float[N,4] x) => (float[N,k] y) {{ h = MatMul(x, w) {end} }}"
-    graph = prepared(parse(text, w=W(4, 4), v=W(4, 4), flat=i64(-1, 4)))
+    masks = {"mask": f32(0, -1e9, 0, 0), "low": f32(-np.inf), "keep": np.array([True, False, True, True])}
+    graph = prepared(parse(text, w=W(4, 4), v=W(4, 4), flat=i64(-1, 4), **masks))
     assert sorted(learning_targets(graph)) == ENDS[end]
 
 

@@ -383,6 +383,19 @@ for line in ("y = Add(a, s)", "y = Add(s, a)", "y = Sub(a, s)", "y = Sub(s, a)")
     example("fold_bias", IMAGE + "{ a = Conv(x, w)\n " + line + " }", "Conv", s=rand(4, 1, 1), w=CONV["w"])
 example("fold_bias", GEMM4 + "{ a = Gemm(x, w)\n y = Add(a, s) }", "Gemm", w=rand(3, 4), s=rand(1, 4))
 
+RULED_OUT = np.array([0.5, -1e9, 0.25, -1], np.float32)
+DIVIDED_OUT = np.array([0.5, -np.inf, 0.25, -1], np.float32)
+example("split_masks", GEMM4 + "{ y = Gemm<transB = 1>(x, w, b) }", "Gemm Add", w=rand(4, 3), b=RULED_OUT)
+example("split_masks", GEMM4 + "{ y = Gemm<transB = 1>(x, w, b) }", "Gemm Add", w=rand(4, 3), b=DIVIDED_OUT)
+example("split_masks", IMAGE + "{ a = Conv(x, w, b)\n y = Sigmoid(a) }", "Conv Add Sigmoid", w=CONV["w"], b=RULED_OUT)
+example(
+    "split_masks",
+    IMAGE + "{ y = ConvTranspose<group = 1>(x, w, b) }",
+    "ConvTranspose Add",
+    w=rand(3, 4, 2, 2),
+    b=RULED_OUT,
+)
+
 BN3 = {"gamma": rand(3), "beta": rand(3), "mean": rand(3), "var": positive(3)}
 BEFORE = "a = BatchNormalization(x, gamma, beta, mean, var)\n"
 example("fold_forward", IMAGE + "{" + BEFORE + "y = Conv(a, w, b) }", "Conv", **CONV, **BN3)

@@ -333,6 +333,20 @@ FAULTS = (
         ("checkpoint",),
     ),
     Fault(
+        "a mask in a bias stays there",
+        "prepare.py",
+        "bias.ndim != 1 or not is_mask(bias) or clamped",
+        "True",
+        ("odd_models", "prepare"),
+    ),
+    Fault(
+        "masked outputs are quantized",
+        "plan.py",
+        "id(tensor) in self.masked & self.outputs",
+        "False",
+        ("odd_models",),
+    ),
+    Fault(
         "rounding errors are not passed on",
         "compensate.py",
         "work[:, :, stop:] -= errors @ upper[:, start:stop, stop:]",
