@@ -119,9 +119,9 @@ def test_masks_do_not_eat_the_grid_of_the_scores(masked: str, value: float) -> N
 )
 def test_scores_beside_a_mask_are_outputs_as_exact_as_without_it(end: str, value: float) -> None:
     mask = np.array([0, value, 0, 0], np.float32)
-    model = parse(
-        "(float[N,8] x) => (float[N,4] y) {" + end + "}", w=W(4, 8).T.copy(), mask=mask, keep=mask == 0, low=f32(value)
-    )
+    outputs = "float[N,4] y, float[N,4] p" if "p =" in end else "float[N,4] y"
+    constants = {"w": W(4, 8).T.copy(), "mask": mask, "keep": mask == 0, "low": f32(value)}
+    model = parse(f"(float[N,8] x) => ({outputs}) {{ {end} }}", **constants)
     data = np.random.default_rng(1).normal(size=(64, 8)).astype(np.float32)
     result = onnx_eptq.quantize(model, data, weight_bits=8, effort="fast", threads=1)
     assert result.report.coverage.complete
