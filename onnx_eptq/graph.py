@@ -365,9 +365,9 @@ def copy(graph: gs.Graph) -> gs.Graph:
     with G_LOGGER.suppress(G_LOGGER.CRITICAL):
         unique_names(graph)
         result = graph.copy()
-    kinds = {t.name: t.type for scope in scopes(graph) for t in _tensors(scope) if isinstance(t, gs.Variable)}
+    kinds = {t.name: t.type for scope in scopes(graph) for t in tensors_of(scope) if isinstance(t, gs.Variable)}
     for scope in scopes(result):
-        for tensor in _tensors(scope):
+        for tensor in tensors_of(scope):
             if isinstance(tensor, gs.Variable):
                 tensor.type = kinds.get(tensor.name, tensor.type)
                 tensor.shape = None if tensor.shape is None else list(tensor.shape)
@@ -380,7 +380,8 @@ def copy(graph: gs.Graph) -> gs.Graph:
     return result
 
 
-def _tensors(scope: gs.Graph) -> Iterator[gs.Tensor]:
+def tensors_of(scope: gs.Graph) -> Iterator[gs.Tensor]:
+    """Yield every tensor that one graph names, once; not those of its subgraphs."""
     seen: set[int] = set()
     nodes = ([*node.inputs, *node.outputs] for node in scope.nodes)
     for group in (scope.inputs, scope.outputs, *nodes):
@@ -442,7 +443,7 @@ def unique_names(graph: gs.Graph) -> None:
     taken = {t.name for t in tensors.values()}
     nodes: set[str] = set()
     for scope in scopes(graph):
-        for tensor in _tensors(scope):
+        for tensor in tensors_of(scope):
             if id(tensor) not in tensors and (tensor.name or (tensor.inputs and tensor.outputs)):
                 tensors[id(tensor)] = tensor
                 tensor.name = fresh(tensor.name or "value", taken)
@@ -509,7 +510,7 @@ def node_model(node: gs.Node, graph: gs.Graph) -> onnx.ModelProto:
     """Return a model that computes one node: constants inside, inputs not declared yet, every output but empty ones."""
     constants = [_sealed(t) for t in tensors_read(node) if isinstance(t, gs.Constant)]
     for scope in node.subgraphs(recursive=True):
-        for tensor in _tensors(scope):
+        for tensor in tensors_of(scope):
             if isinstance(tensor, gs.Constant):
                 _seal(tensor)
     with G_LOGGER.suppress(G_LOGGER.CRITICAL):
@@ -545,8 +546,8 @@ def skeleton(graph: gs.Graph) -> onnx.ModelProto:
     """Return the model without the bytes of its larger weights, which become inputs: cheap to hand to onnx's C++."""
     unique_names(graph)
     toposort(graph)
-    inner = {id(t): t for s in graph.subgraphs(recursive=True) for t in _tensors(s) if isinstance(t, gs.Constant)}
-    constants = {id(t): t for t in _tensors(graph) if isinstance(t, gs.Constant)} | inner
+    inner = {id(t): t for s in graph.subgraphs(recursive=True) for t in tensors_of(s) if isinstance(t, gs.Constant)}
+    constants = {id(t): t for t in tensors_of(graph) if isinstance(t, gs.Constant)} | inner
     small = [t for t in constants.values() if math.prod(t.shape) <= _SMALL and not isinstance(t._values, SparseValues)]
     kept = {id(t) for t in small}
     with G_LOGGER.suppress(G_LOGGER.CRITICAL):
@@ -633,7 +634,7 @@ def to_model(
     unique_names(graph)
     toposort(graph)
     for scope in scopes(graph):
-        for tensor in _tensors(scope):
+        for tensor in tensors_of(scope):
             if isinstance(tensor, gs.Constant):
                 _seal(tensor)
     with G_LOGGER.suppress(G_LOGGER.CRITICAL):

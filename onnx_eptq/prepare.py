@@ -7,6 +7,7 @@ graph's inputs and outputs never change. Only the top-level graph is rewritten, 
 
 import logging
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ _ROUNDS = 20  # a bound on the repetitions; real models settle in two to four
 _FOLDED_BYTES = 4096  # a folded constant may be this large even where its inputs were smaller
 _INT_MAX = 2**31 - 1
 _LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_NUMBERED = re.compile(r"/\d+$")  # what `_name` puts behind a name
 _RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
@@ -44,6 +46,7 @@ def prepare(graph: gs.Graph, *, opset: int = OPSET) -> dict[str, int]:
     Raises:
         ModelError: The graph cannot be brought to the opset.
     """
+    named = {name for name, tensor in graph.tensors().items() if isinstance(tensor, gs.Constant)}
     to_opset(graph, opset)
     og.remove_dead(graph)
     og.infer_shapes(graph)
@@ -54,7 +57,23 @@ def prepare(graph: gs.Graph, *, opset: int = OPSET) -> dict[str, int]:
             counts[name] += run_pass(name, graph)
         if sum(counts.values()) == before:
             break
+    _restore_names(graph, named)
     return counts
+
+
+def _restore_names(graph: gs.Graph, named: set[str]) -> None:
+    """Give rewritten constants the names they came with, by which users know them, where one alone has taken the place."""
+    taken = {tensor.name for scope in og.scopes(graph) for tensor in og.tensors_of(scope)}
+    heirs: dict[str, list[gs.Tensor]] = {}
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Constant) and tensor.name not in named:
+            origin = tensor.name
+            while origin not in named and _NUMBERED.search(origin):
+                origin = _NUMBERED.sub("", origin)
+            heirs.setdefault(origin, []).append(tensor)
+    for name, tensors in heirs.items():
+        if name in named and name not in taken and len(tensors) == 1:
+            tensors[0].name = name
 
 
 def run_pass(name: str, graph: gs.Graph) -> int:
@@ -1506,6 +1525,7 @@ def fuse_gemm(graph: gs.Graph) -> int:
             continue
         if _row(found[1], weight.shape[1]) is not None and not is_mask(found[1]):
             _mutate(node, "Gemm", [*matmul.inputs, node.inputs[found[2]]], {})
+            node.name, matmul.name = matmul.name, node.name  # layers are known by their matrix
             changes += 1
     return changes
 

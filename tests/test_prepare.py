@@ -520,6 +520,25 @@ def test_shared_weights_stay_shared_and_their_norms_stay():
     assert "BatchNormalization" in ops(graph)
 
 
+def test_rewritten_layers_keep_the_names_users_know():
+    model = build(
+        "(float[N,3] x) => (float[N,4] y, float[N,4] z) { a = MatMul(x, w)\n b = Add(a, b0)\n c = Mul(b, s)\n y = Relu(c)\n"
+        " d = Gemm<alpha = 0.5>(x, v, b1)\n z = Gemm<transB = 1>(d, v2, b1) }",
+        w=rand(3, 4), v=rand(3, 4), v2=rand(4, 4), b0=rand(1, 4), b1=rand(4), s=positive(4),
+    )  # fmt: skip
+    for node, name in zip(model.graph.node, ("dense", "add", "scale", "relu", "half", "last"), strict=True):
+        node.name = name
+    graph = og.load(model)
+    prepare(graph)
+    layers = [(n.name, n.inputs[1].name, n.inputs[2].name) for n in graph.nodes if n.op == "Gemm"]
+    assert [layer[:2] for layer in layers] == [("dense", "w"), ("half", "v"), ("last", "v2")]
+    assert layers[0][2] == "b0"
+    assert sorted(bias == "b1" for _, _, bias in layers[1:]) == [False, True]  # one bias became two: one keeps its name
+    names = [t.name for t in og.tensors_of(graph)]
+    assert len(names) == len(set(names))
+    assert difference(model, og.to_model(graph)) < 1e-5
+
+
 def test_equal_gemm_weights_stay_shared_after_normalizing():
     text = V + "{ a = Gemm(x, w, b)\n c = Relu(a)\n d = Gemm(c, w, b)\n e = Relu(d)\n y = Gemm<alpha = 2.0>(e, w) }"
     graph = prepared(build(text, w=rand(4, 4), b=rand(4)))
