@@ -56,6 +56,9 @@ STEP_COST, START_COST = 1.5, 4.5  # of a step, and of a closed-form start, per s
 LEAST_SAMPLES = 32  # that layers are solved with, whatever the memory
 IMAGE_ELEMENTS = 3 * 224 * 224  # a sample of this size is run in batches of 32
 PARITY_TEXT = 128  # characters of the file's word on its verification: its size is known before it is verified
+TEXT = (
+    128  # characters that other words on itself fill: equal choices give files of one size, however they were asked for
+)
 Model: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | gs.Graph
 
 
@@ -775,6 +778,11 @@ def _properties(model: onnx.ModelProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
+def padded(text: str, unit: int) -> str:
+    """The text with spaces behind it, up to the next multiple of so many characters."""
+    return text.ljust(-(-len(text) // unit) * unit)
+
+
 def metadata(report: Report) -> dict[str, str]:
     """What the file says of itself; as long before as after its verification."""
     parity = report.parity
@@ -786,7 +794,7 @@ def metadata(report: Report) -> dict[str, str]:
     )
     return {
         "onnx_eptq.version": report.version,
-        "onnx_eptq.settings": json.dumps(report.settings),
-        "onnx_eptq.coverage": str(report.coverage),
+        "onnx_eptq.settings": padded(json.dumps(report.settings), 2 * TEXT),
+        "onnx_eptq.coverage": padded(str(report.coverage), TEXT),
         "onnx_eptq.parity": verified.ljust(PARITY_TEXT),
     }

@@ -44,6 +44,9 @@ class Writer:
         self.shared: dict[str, gs.Constant] = {}
         self.readers: dict[str, set[str]] = {}  # of what is shared: the values it was asked for by
         self.owners: dict[str, str] = {}  # of nodes and initializers: the value, or the key of what is shared
+        self.numbers = {
+            value: number for number, value in enumerate(plan)
+        }  # the same, whatever the widths: names are bytes
         self.value = ""  # whose quantizer is being written
 
     def name(self, wanted: str) -> str:
@@ -216,36 +219,31 @@ def _cast(writer: Writer, name: str, codes: np.ndarray, grid: Grid) -> gs.Tensor
 
 @storage("lut")
 def _lut(writer: Writer, name: str, codes: np.ndarray, grid: Grid) -> gs.Tensor:
-    """Packed bytes that a Gather from a table of 256 rows unpacks; runs on every runtime, also at 2 and at true 3 bits."""
-    if grid.bits in (2, 4):
-        flat = _unpacked(writer, name, codes, grid.bits, signed=True)
-        return _shaped(writer, f"{name}_quantized", flat, codes.shape)
-    low = _unpacked(writer, f"{name}_low", codes & 3, 2, signed=False)
-    high = _unpacked(writer, f"{name}_high", (codes >> 2) & 1, 1, signed=False, step=-4)
-    planes = []
-    for plane, flat in (("low", low), ("high", high)):  # runtimes add no int8
-        shaped = _shaped(writer, f"{name}_{plane}_codes", flat, codes.shape)
-        planes.append(writer.node("Cast", f"{name}_{plane}_wide", [shaped], to=DTYPES["int32"].onnx))
-    return writer.node("Cast", f"{name}_quantized", [writer.node("Add", f"{name}_sum", planes)], to=DTYPES["int8"].onnx)
+    """Packed bytes that a Gather from a table of 256 rows unpacks; runs on every runtime, also at 2 and at true 3 bits.
 
-
-def _unpacked(writer: Writer, name: str, codes: np.ndarray, bits: int, *, signed: bool, step: int = 1) -> gs.Tensor:
-    """Packed bytes -> int8, flat: row b of the table holds the 8 / bits values that byte b stands for, times `step`."""
-    table = graphs.unpack(bytes(range(256)), bits, (256, 8 // bits), signed).astype(np.int8) * np.int8(step)
-    packed = writer.constant(f"{name}_packed", np.frombuffer(graphs.pack(codes, bits), np.uint8))
-    index = writer.node("Cast", f"{name}_index", [packed], to=DTYPES["int32"].onnx)
-    rows = writer.common(f"table_{'' if signed else 'u'}int{bits}_{step}", table)
-    values = writer.node("Gather", f"{name}_values", [rows, index])
-    padding = -codes.size % (8 // bits)
-    if not padding:
-        return values
-    flat = writer.node("Reshape", f"{name}_flat", [values, writer.common("shape_flat", np.array([-1]))])
-    ends = [writer.common(f"index_{end}", np.array([end])) for end in (0, codes.size)]
-    return writer.node("Slice", f"{name}_cut", [flat, *ends])
-
-
-def _shaped(writer: Writer, name: str, flat: gs.Tensor, shape: tuple[int, ...]) -> gs.Tensor:
-    return writer.node("Reshape", name, [flat, writer.constant(f"{name}_shape", np.array(shape, np.int64))])
+    Row b of the table holds what byte b stands for: several codes, or of codes of 3 bits one bit of eight. What it takes has
+    short names: in a small model long ones would outweigh what is saved.
+    """
+    count, planes = codes.size, (1, 2, -4) if grid.bits == 3 else None
+    width, unit = (1, "bit") if planes else (grid.bits, f"int{grid.bits}")
+    parts = [codes >> place & 1 for place in range(len(planes))] if planes else [codes]
+    packed = np.stack([np.frombuffer(graphs.pack(part, width), np.uint8) for part in parts])
+    table = graphs.unpack(bytes(range(256)), width, (256, 8 // width), not planes).astype(np.int8)
+    prefix = f"lut{writer.numbers[name]}"
+    index = writer.node("Cast", f"{prefix}_index", [writer.constant(f"{name}_packed", packed)], to=DTYPES["int32"].onnx)
+    values = writer.node("Gather", f"{prefix}_values", [writer.common(f"table_{unit}", table), index])
+    if planes:  # in int32: runtimes neither multiply nor add int8
+        wide = writer.node("Cast", f"{prefix}_wide", [values], to=DTYPES["int32"].onnx)
+        places = writer.common("bit_values", np.array(planes, np.int32).reshape(-1, 1, 1))
+        terms = writer.node("Mul", f"{prefix}_terms", [wide, places])
+        total = writer.node("ReduceSum", f"{prefix}_sum", [terms, writer.common("bit_axis", np.array([0]))], keepdims=0)
+        values = writer.node("Cast", f"{prefix}_codes", [total], to=DTYPES["int8"].onnx)
+    if count % (8 // width):
+        flat = writer.node("Reshape", f"{prefix}_flat", [values, writer.common("shape_flat", np.array([-1]))])
+        ends = [writer.common(f"index_{end}", np.array([end])) for end in (0, count)]
+        values = writer.node("Slice", f"{prefix}_cut", [flat, *ends])
+    shape = "x".join(map(str, codes.shape))
+    return writer.node("Reshape", prefix, [values, writer.common(f"shape_{shape}", np.array(codes.shape, np.int64))])
 
 
 def write(

@@ -145,7 +145,7 @@ def test_constants_that_layers_share_with_control_flow_stay_float_there(tmp_path
     }
     for name in ("w1", "start"):
         np.testing.assert_array_equal(floats[name], graph_constant(proto, name))
-        assert any(known.startswith((f"{name}_quantized", f"{name}_low_packed")) for known in floats)
+        assert any(known.startswith((f"{name}_quantized", f"{name}_packed")) for known in floats)
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def test_file_and_weights_are_as_large_as_written(name, form):
                 continue
             bits, count = choice[layer.weight.name], math.prod(layer.weight.shape)
             stored = 8 if bits > 4 else max(bits, packed)
-            expected += math.ceil(count / 4) + math.ceil(count / 8) if stored == 3 else math.ceil(count * stored / 8)
+            expected += 3 * math.ceil(count / 8) if stored == 3 else math.ceil(count * stored / 8)
         assert found.weights.use(choice) == expected
 
 

@@ -91,7 +91,7 @@ def test_sub_byte_forms_are_small(bits):
         sizes[form] = sum(
             len(t.raw_data) for t in rewritten(case, form).graph.initializer if t.data_type in (UINT8, INT8, INT4)
         )
-    table = 256 * sum(8 // plane for plane in ((2, 1) if bits == 3 else (bits,)))
+    table = 256 * (8 if bits == 3 else 8 // bits)
     assert sizes["int8"] > 64 * 128
     assert sizes["int4"] <= sizes["cast"] + 64 <= 64 * 128 // 2 + 200
     assert sizes["lut"] <= 64 * 128 * bits // 8 + table + 200
@@ -115,7 +115,7 @@ def test_cast_lut_and_int8_give_the_same_bits_at_every_level(name, bits):
 
 
 def test_layers_of_different_widths_share_no_table():
-    """Two-bit weights and the two low bits of three-bit ones unfold by tables of different signs."""
+    """Bytes of two-bit weights stand for four codes, those of three-bit ones for a bit of eight."""
     widths = {"w1": 3, "w2": 2, "w3": 4}
     case = quantize(MODELS["residual"](), Rules(bits=widths))
     written = write(case.graph, case.plan, case.quantized, dict.fromkeys(range(2, 9), "lut") | {8: "int8"})

@@ -51,10 +51,10 @@ FAULTS = (
         ("write", "verify"),
     ),
     Fault(
-        "one table for two-bit weights and the low bits of three-bit ones",
+        "one table for the codes of two bits and the bits of three-bit ones",
         "write.py",
-        "f\"table_{'' if signed else 'u'}int{bits}_{step}\"",
-        'f"table_int{bits}_{step}"',
+        'writer.common(f"table_{unit}", table)',
+        'writer.common("table", table)',
         ("write",),
     ),
     Fault(
