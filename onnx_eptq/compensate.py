@@ -33,6 +33,8 @@ MOST_ROWS = 65536  # but no more, as an equation costs the square of the unknown
 NEEDED_ROWS = 4  # per unknown, whatever it costs
 SWEEPS = 4  # of coordinate descent
 BLOCK = 64  # columns between two updates of all that follow
+# Second moments are summed in float32: from this multiple of the variances on, what is left of them is mostly rounding.
+CANCELLING = 3000.0
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Moments:
     """Sums over all output positions of one layer: inputs (columns) x and float outputs y, per group.
 
     Shapes: xx [groups, K, K], yx [groups, R, K], x [groups, K], y [groups, R]; float64. `count` is the sum of what the
-    positions count.
+    positions count. All sums are of differences from `origin`, a pair shaped like x and y.
     """
 
     xx: Tensor
@@ -48,6 +50,20 @@ class Moments:
     x: Tensor
     y: Tensor
     count: float = 0
+    origin: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Of columns and outputs."""
+        x, y = self.x / self.count, self.y / self.count
+        return (x, y) if self.origin is None else (x + self.origin[0], y + self.origin[1])
+
+    @property
+    def is_cancelling(self) -> bool:
+        """Whether the columns' variances vanish beside the squares that they are a difference of."""
+        squares = self.xx.diagonal(dim1=1, dim2=2) / self.count
+        variances = squares - (self.x / self.count).square()
+        return bool((squares.amax(1) > CANCELLING * variances.mean(1)).any())
 
 
 def group_count(layer: Layer) -> int:
@@ -121,6 +137,7 @@ def gather(
     weight: Tensor,
     samples: int,
     importance: Sequence[Tensor] | None = None,
+    origin: tuple[Tensor, Tensor] | None = None,
 ) -> Moments:
     """Sum the moments over pairs (input of the quantized network, output of the float network without its bias).
 
@@ -130,7 +147,9 @@ def gather(
     groups, outputs, unknowns = as_rows(layer, weight).shape
     shapes = (groups, unknowns, unknowns), (groups, outputs, unknowns), (groups, unknowns), (groups, outputs)
     xx, yx, x_sum, y_sum = (torch.zeros(shape, dtype=torch.float64, device=weight.device) for shape in shapes)
-    moments = Moments(xx, yx, x_sum, y_sum)
+    if origin is not None:  # as exact as what it is taken from
+        origin = origin[0].float().double(), origin[1].float().double()
+    moments = Moments(xx, yx, x_sum, y_sum, origin=origin)
     for index, (x, y) in enumerate(pairs):
         wanted = min(max(ROWS * unknowns, LEAST_ROWS), max(MOST_ROWS, NEEDED_ROWS * unknowns))
         positions = y.numel() // y.shape[layer.output_axis] // len(y) * samples
@@ -143,6 +162,8 @@ def gather(
             counts = None if counts is None else counts[:, offset::every, offset::every]
         cols = columns(layer, x, weight, apply)
         target = y.movedim(layer.output_axis, 0).reshape(groups, outputs, -1)
+        if origin is not None:
+            cols, target = (v - o[:, :, None].float() for v, o in zip((cols, target), origin, strict=True))
         each = torch.ones_like(cols[0, 0]) if counts is None else counts.reshape(-1)
         weighted = cols if counts is None else cols * each
         moments.xx += (weighted @ cols.mT).double()
@@ -174,7 +195,7 @@ def round_columns(rows: Tensor, covariance: Tensor, scale: Tensor, grid: Grid) -
     permuted = covariance.gather(1, order[:, :, None].expand_as(covariance)).gather(
         2, order[:, None, :].expand_as(covariance)
     )
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(permuted))
+    inverse = torch.cholesky_inverse(_factor(permuted))
     upper = torch.linalg.cholesky(inverse, upper=True)
     work = rows.gather(2, order[:, None, :].expand_as(rows)).clone()
     latent, error = torch.empty_like(work), torch.zeros_like(scale)
@@ -192,6 +213,17 @@ def round_columns(rows: Tensor, covariance: Tensor, scale: Tensor, grid: Grid) -
         work[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
     back = order.argsort(1)[:, None, :].expand_as(latent)
     return latent.gather(2, back), error
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """The lower Cholesky factor, of a little more than the covariance where rounding has left it no positive one."""
+    eye = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
+    more = 1e-6 * covariance.diagonal(dim1=1, dim2=2).abs().mean(1).clamp(min=1e-30)
+    found: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(covariance)
+    while found[1].any() and more.isfinite().all():
+        more = 10 * more
+        found = torch.linalg.cholesky_ex(covariance + more[:, None, None] * eye)
+    return found[0]
 
 
 def best_scale(rows: Tensor, covariance: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -329,8 +361,10 @@ def compensate(
         if layer.weight.name in plan and layer.weight.name not in solved and can_solve(layer):
             weight = teacher.constant(layer.weight.name)
             counts = importance.get(layer.output.name) if importance else None
-            pairs = _pairs(layer, ours, theirs, weight)
-            moments = gather(layer, pairs, weight, sum(len(batch[0]) for batch in batches), counts)
+            sums = partial(gather, layer, weight=weight, samples=sum(len(x[0]) for x in batches), importance=counts)
+            moments = sums(_pairs(layer, ours, theirs, weight))
+            if moments.is_cancelling:  # channels that hardly vary: once more, about their means
+                moments = sums(_pairs(layer, ours, theirs, weight), origin=moments.means)
             _settle(layer, student, teacher, moments)
             solved.append(layer.weight.name)
     return solved
@@ -359,7 +393,8 @@ def _settle(layer: Layer, student: Mirror, teacher: Mirror, moments: Moments) ->
     quantizer.scale.copy_(scale.reshape(quantizer.scale.shape).float())
     if layer.bias is not None and layer.bias.name in student.quantizers:  # others are written as they are
         rounded = as_rows(layer, quantizer(student.constant(layer.weight.name))).double()
-        shift = (moments.y - (rounded @ moments.x[:, :, None])[:, :, 0]) / moments.count
+        mean_x, mean_y = moments.means
+        shift = mean_y - (rounded @ mean_x[:, :, None])[:, :, 0]
         bias = student.constant(layer.bias.name)
         bias.copy_(teacher.constant(layer.bias.name) + shift.reshape(bias.shape).float())
 

@@ -175,6 +175,46 @@ def test_moments_are_sums_over_positions(monkeypatch, every, needed, counted):
         torch.testing.assert_close(moments.y[group], target @ each, rtol=1e-4, atol=1e-2)
 
 
+def test_channels_that_hardly_vary_are_summed_about_their_means():
+    """Their variance is a millionth of their square, and float32 sums of squares keep six digits."""
+    found = models.quantize(KINDS["gemm"])
+    (layer,) = found.layers
+    weight, generator = found.teacher.constant(layer.weight.name), torch.Generator().manual_seed(0)
+    mix = torch.randn(4, 4, generator=generator)
+    pairs = [(30 + 0.01 * torch.randn(500, 4, generator=generator) @ mix,) for _ in range(4)]
+    pairs = [(x, x @ weight.reshape(6, 4).T) for (x,) in pairs]
+    plain = gather(layer, iter(pairs), weight, 2000)
+    assert plain.is_cancelling
+    about = gather(layer, iter(pairs), weight, 2000, origin=plain.means)
+    x, y = (torch.cat(parts).double() for parts in zip(*pairs, strict=True))
+    torch.testing.assert_close(about.means[0][0], x.mean(0), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(about.means[1][0], y.mean(0), rtol=1e-9, atol=1e-9)
+    rows = as_rows(layer, weight).double() + 0.1
+    covariance = solve(rows, about)[1][0]
+    exact = x.T.cov(correction=0)
+    share = float((covariance - exact).diagonal().mean() / exact.diagonal().mean())
+    assert share == pytest.approx(comp.DAMPING * (1 + comp.FEW * 4 / 2000), rel=1e-4)
+    error = (covariance - exact - torch.diag((covariance - exact).diagonal())).abs().max()
+    assert float(error) < 1e-4 * float(exact.diagonal().mean())
+
+
+def test_layers_behind_nearly_constant_channels_are_solved():
+    found, batches = quantized(KINDS["conv"])
+    batches = [[100 + 1e-4 * x for x in batch] for batch in batches]
+    solved = compensate(found.student, found.teacher, found.plan, found.layers, batches)
+    assert solved == [found.layers[0].weight.name]
+    assert all(value.isfinite().all() for value in found.student.state_dict().values())
+
+
+def test_rounding_goes_on_where_the_covariance_is_not_positive():
+    rows, scale = torch.randn(1, 3, 4, dtype=torch.float64), torch.full((1, 3), 0.3, dtype=torch.float64)
+    vectors = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
+    covariance = (vectors * torch.tensor([1.0, 0.5, 0.1, -1e-3], dtype=torch.float64)) @ vectors.T
+    latent, error = round_columns(rows, covariance[None], scale, Grid(4, True))
+    assert latent.isfinite().all()
+    assert error.isfinite().all()
+
+
 @pytest.mark.parametrize(("every", "first"), [(1, 0), (2, 0), (2, 1), (3, 2)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_thinned_layer_is_a_part_of_its_output(kind, every, first):

@@ -347,6 +347,13 @@ FAULTS = (
         ("odd_models",),
     ),
     Fault(
+        "channels that hardly vary are summed about zero",
+        "compensate.py",
+        "cols, target = (v - o[:, :, None].float() for v, o in zip((cols, target), origin, strict=True))",
+        "pass",
+        ("compensate",),
+    ),
+    Fault(
         "rounding errors are not passed on",
         "compensate.py",
         "work[:, :, stop:] -= errors @ upper[:, start:stop, stop:]",
