@@ -104,11 +104,14 @@ def to_opset(graph: gs.Graph, opset: int = OPSET) -> None:
 
 
 def lower_opset(graph: gs.Graph, opset: int) -> None:
-    """Rewrite the nodes of a graph for an older opset, in place, and declare it.
+    """Rewrite the nodes of a graph for an older opset, in place, and declare it; younger ones go to pieces where that is exact.
 
     Raises:
         ModelError: A node has no form in the opset wanted.
     """
+    for node in [node for node in graph.nodes if is_op(node, *_PIECES) and not _fits(node, opset)]:
+        _PIECES[node.op](graph, node)
+    og.toposort(graph)
     for node in (node for node in graph.nodes if node.domain in og.STANDARD_DOMAINS):
         axes = _const(node, 1)
         if node.op.startswith("Reduce") and node.op != "ReduceSum" and axes is not None:
@@ -119,12 +122,99 @@ def lower_opset(graph: gs.Graph, opset: int) -> None:
         if older:
             for name in set(node.attrs) - set(older.attributes):
                 default = onnx.helper.get_attribute_value(schema.attributes[name].default_value)
+                default = default.decode() if isinstance(default, bytes) else default
                 if node.attrs[name] == default or (node.op, name) == ("Split", "num_outputs"):
                     del node.attrs[name]
     stuck = [f"'{node.name}' {node.op}" for node in graph.nodes if not _fits(node, opset)]
     if stuck:
         raise ModelError(f"These nodes have no form in opset {opset}: {', '.join(stuck)}; use a newer one.")
     _declare_opset(graph, opset)
+
+
+def _layer_norm_pieces(graph: gs.Graph, node: gs.Node) -> None:
+    """LayerNormalization: (x - mean) / sqrt(variance + epsilon) * scale + bias."""
+    x, rank = node.inputs[0], _rank(node.inputs[0])
+    axis = int(node.attrs.get("axis", -1))
+    if rank is None or any(output.name for output in node.outputs[1:]):
+        return
+    mean = {"axes": list(range(axis % rank, rank)), "keepdims": 1}
+    error = _new_node(graph, "Sub", [x, _new_node(graph, "ReduceMean", [x], node, mean)], node)
+    variance = _new_node(graph, "ReduceMean", [_new_node(graph, "Mul", [error, error], node)], node, mean)
+    shifted = _new_node(graph, "Add", [variance, _number(graph, node, node.attrs.get("epsilon", 1e-5))], node)
+    unit = _new_node(graph, "Div", [error, _new_node(graph, "Sqrt", [shifted], node)], node)
+    bias = _input(node, 2)
+    if bias is None:
+        _mutate(node, "Mul", [unit, node.inputs[1]], {})
+    else:
+        _mutate(node, "Add", [_new_node(graph, "Mul", [unit, node.inputs[1]], node), bias], {})
+
+
+def _gelu_pieces(graph: gs.Graph, node: gs.Node) -> None:
+    """Gelu: x / 2 * (1 + erf(x / sqrt 2)), or with tanh(sqrt(2 / pi) (x + 0.044715 x ** 3)) for the error function."""
+    x = node.inputs[0]
+    if node.attrs.get("approximate", "none") == "tanh":
+        cube = _new_node(graph, "Mul", [x, _new_node(graph, "Mul", [x, x], node)], node)
+        part = _new_node(graph, "Mul", [cube, _number(graph, node, 0.044715)], node)
+        total = _new_node(graph, "Add", [x, part], node)
+        inner = _new_node(graph, "Mul", [total, _number(graph, node, math.sqrt(2 / math.pi))], node)
+        bent = _new_node(graph, "Tanh", [inner], node)
+    else:
+        inner = _new_node(graph, "Div", [x, _number(graph, node, math.sqrt(2))], node)
+        bent = _new_node(graph, "Erf", [inner], node)
+    gate = _new_node(graph, "Add", [bent, _number(graph, node, 1)], node)
+    _mutate(node, "Mul", [_new_node(graph, "Mul", [x, gate], node), _number(graph, node, 0.5)], {})
+
+
+def _hard_swish_pieces(graph: gs.Graph, node: gs.Node) -> None:
+    """HardSwish: x * HardSigmoid(x)."""
+    x = node.inputs[0]
+    _mutate(node, "Mul", [x, _new_node(graph, "HardSigmoid", [x], node, {"alpha": 1 / 6, "beta": 0.5})], {})
+
+
+def _mish_pieces(graph: gs.Graph, node: gs.Node) -> None:
+    """Mish: x * tanh(softplus(x))."""
+    x = node.inputs[0]
+    _mutate(node, "Mul", [x, _new_node(graph, "Tanh", [_new_node(graph, "Softplus", [x], node)], node)], {})
+
+
+def _shape_pieces(graph: gs.Graph, node: gs.Node) -> None:
+    """A part of the shape: a slice of the whole."""
+    ends = (node.attrs.get("start", 0), node.attrs.get("end", _INT_MAX))
+    bounds = [_new_constant(graph, f"{node.name}_bound", np.array([end], np.int64)) for end in ends]
+    _mutate(node, "Slice", [_new_node(graph, "Shape", node.inputs, node), *bounds], {})
+
+
+def _reshape_pieces(graph: gs.Graph, node: gs.Node) -> None:
+    """The same without `allowzero`, where no size is 0."""
+    if _is_never_zero(node.inputs[1]):
+        node.attrs.pop("allowzero", None)
+
+
+def _is_never_zero(sizes: gs.Tensor) -> bool:
+    """Whether no element of a shape is 0, dimensions of values being none."""
+    values = array(sizes)
+    if values is not None:
+        return bool(np.all(values != 0))
+    node = sizes.inputs[0] if sizes.inputs else None
+    if node is None or not is_op(node, "Shape", "Concat", "Gather", "Slice", "Squeeze", "Unsqueeze", "Cast"):
+        return False
+    return is_op(node, "Shape") or all(
+        _is_never_zero(tensor) for tensor in (node.inputs if is_op(node, "Concat") else node.inputs[:1])
+    )
+
+
+def _number(graph: gs.Graph, node: gs.Node, value: float) -> gs.Constant:
+    return _new_constant(graph, f"{node.name}_constant", np.array(value, np.float32))
+
+
+_PIECES: dict[str, Callable[[gs.Graph, gs.Node], None]] = {
+    "LayerNormalization": _layer_norm_pieces,
+    "Gelu": _gelu_pieces,
+    "HardSwish": _hard_swish_pieces,
+    "Mish": _mish_pieces,
+    "Shape": _shape_pieces,
+    "Reshape": _reshape_pieces,
+}
 
 
 def _schema(op: str, opset: int) -> Any:

@@ -206,9 +206,9 @@ def test_models_without_a_batch_axis(name: str, options: dict[str, Any]) -> None
 
 
 def test_what_an_old_opset_lacks_is_said_before_any_data_is_read() -> None:
-    text = "(float[N,4] x) => (float[N,4] y) { h = MatMul(x, w) y = LayerNormalization(h, g) }"
-    with pytest.raises(ModelError, match=r"no form in opset 13: .*LayerNormalization"):
-        quantize(parse(text, w=W(4, 4), g=W(4)), Path("nowhere"), opset=13, weight_bits=8)
+    text = "(float[N,4,5] x) => (float[N,4,5] y) { h = MatMul(x, w) y = GroupNormalization <num_groups=2> (h, g, g) }"
+    with pytest.raises(ModelError, match=r"no form in opset 13: .*GroupNormalization"):
+        quantize(parse(text, w=W(5, 5), g=W(4)), Path("nowhere"), opset=13, weight_bits=8)
 
 
 def test_layers_that_lie_in_a_branch_alone_are_named() -> None:

@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper, parser
 
 from onnx_eptq import graph as og
 from onnx_eptq.errors import ModelError
-from onnx_eptq.prepare import PASSES, prepare, run_pass, to_opset
+from onnx_eptq.prepare import PASSES, lower_opset, prepare, run_pass, to_opset
 
 TOLERANCE = 1e-5  # of the output's scale
 RNG = np.random.default_rng(0)
@@ -759,6 +759,48 @@ def test_branches_are_converted_too_and_custom_nodes_pass():
     result = og.to_model(graph)
     assert {o.domain: o.version for o in result.opset_import} == {"": 21, "my.ops": 1}
     assert result.graph.node[0].attribute[0].i == 3
+
+
+YOUNG = {  # younger than opset 13, or with younger attributes: what is left, and the result
+    "LayerNormalization(x, g)": "Mul",
+    "LayerNormalization <epsilon = 0.1> (x, g, b)": "Add",
+    "LayerNormalization <axis = 1> (x, m, m)": "Add",
+    "LayerNormalization <axis = -2> (x, m)": "Mul",
+    "Gelu(x)": "Mul",
+    'Gelu <approximate = "tanh"> (x)': "Mul",
+    "HardSwish(x)": "Mul",
+    "Mish(x)": "Mul",
+    "Reshape <allowzero = 1> (x, flat)": "Reshape",
+    'Resize <mode = "linear", keep_aspect_ratio_policy = "stretch"> (x, , twice)': "Resize",
+    "Expand(one, part)": "Expand",
+    "Reshape <allowzero = 1> (x, joined)": "Reshape",
+}
+
+
+@pytest.mark.parametrize("call", YOUNG)
+def test_young_operators_compute_the_same_in_pieces(call):
+    text = (
+        "(float[N,4,6] x) => (float[A,B,C] y) { part = Shape <start = 1, end = 3> (x)\n batch = Shape <end = 1> (x)\n"
+        " joined = Concat <axis = 0> (batch, ends)\n y = " + call + " }"
+    )
+    constants = {
+        "g": rand(6),
+        "b": rand(6),
+        "m": rand(4, 6),
+        "flat": vec(-1, 3, 8),
+        "ends": vec(2, 12),
+        "one": rand(2, 1, 1),
+    }
+    constants["twice"] = np.array([1, 1, 2], np.float32)
+    model = build(text, opset=21, **{name: value for name, value in constants.items() if name in text})
+    graph = og.load(model)
+    prepare(graph)
+    lower_opset(graph, 13)
+    lowered = og.to_model(graph, ir_version=8)
+    onnx.checker.check_model(lowered, full_check=True)
+    assert lowered.opset_import[0].version == 13
+    assert lowered.graph.node[-1].op_type == YOUNG[call]
+    assert difference(model, lowered) < 1e-6
 
 
 def test_group_normalization_gets_scales_per_channel():

@@ -19,7 +19,7 @@ from onnx_eptq.write import STORAGE, write
 LEVELS = ["DISABLE_ALL", "ENABLE_BASIC", "ENABLE_EXTENDED", "ENABLE_ALL"]
 WIDTHS = {"int8": range(2, 9), "int4": (2, 3, 4), "cast": (2, 3, 4), "lut": (2, 3, 4)}
 SHAPES = {"Gemm": [(1, 1), (3, 1), (1, 5), (3, 3), (2, 4), (5, 7)], "Conv": [(3, 3, 1, 1), (2, 3, 3, 3), (1, 3, 1, 2)]}
-NEWER = {"attention": "LayerNormalization", "activations": "HardSwish"}  # operators younger than opset 13
+IN_PIECES = ("attention", "activations")  # hold operators younger than opset 13: LayerNormalization, Gelu, HardSwish
 UINT8, INT8, INT4, INT32 = TensorProto.UINT8, TensorProto.INT8, TensorProto.INT4, TensorProto.INT32
 
 
@@ -147,7 +147,7 @@ def test_file_is_valid_standard_onnx_of_opset_21(name, bits):
 
 
 @pytest.mark.parametrize("form", ["int8", "lut"])
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in NEWER])
+@pytest.mark.parametrize("name", MODELS)
 def test_opset_13_computes_the_same(name, form):
     case = cached(name, 4)
     old = rewritten(case, form, opset=13, metadata={"who": "we"})
@@ -157,7 +157,12 @@ def test_opset_13_computes_the_same(name, form):
     assert {entry.key: entry.value for entry in old.metadata_props} == {"who": "we"}
     expected = run_ort(rewritten(case, form), case.batches[0])
     for output, values in run_ort(old, case.batches[0]).items():
-        np.testing.assert_array_equal(values, expected[output])
+        if name in IN_PIECES:  # some last digits of float kernels differ, and few of them cross a step
+            step = float(case.quantized[output].qparams.scale)
+            assert np.abs(values - expected[output]).max() < 1.5 * step
+            assert np.mean(values != expected[output]) < 0.02
+        else:
+            np.testing.assert_array_equal(values, expected[output])
 
 
 @pytest.mark.parametrize("op", ["ReduceMean", "ReduceMax", "ReduceL2", "ReduceSum"])
@@ -176,10 +181,11 @@ def test_four_bit_types_need_opset_21(form):
         rewritten(cached("gemm", 4), form, opset=13)
 
 
-@pytest.mark.parametrize("name", NEWER)
-def test_an_operator_that_opset_13_lacks_is_named(name):
-    with pytest.raises(ModelError, match=NEWER[name]):
-        rewritten(cached(name), opset=13)
+def test_an_operator_that_opset_13_lacks_is_named():
+    text = "(float[N,4,5] x) => (float[N,4,5] y) { h = MatMul(x, w) y = GroupNormalization <num_groups=2> (h, g, b) }"
+    found = quantize(parse(text, w=weights(0)(5, 5), g=np.ones(4, np.float32), b=np.zeros(4, np.float32)))
+    with pytest.raises(ModelError, match="GroupNormalization"):
+        rewritten(found, opset=13)
 
 
 def test_outputs_and_inputs_keep_names_types_and_shapes(case):
