@@ -13,7 +13,10 @@ import onnxruntime as ort
 import pytest
 import torch
 
+import onnx_eptq
+
 TOP = Path(__file__).parent.parent
+DIGITS, CALIB = TOP / "models" / "digits.onnx", TOP / "models" / "digits_calib"
 sys.path.insert(0, str(TOP / "tools"))
 
 
@@ -80,6 +83,19 @@ def test_ablation_goes_on_where_it_was_interrupted(tmp_path):
     out.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])  # killed in the middle of writing
     assert cells(run("ablate.py", *flags))[0] == header
     assert [line[:20] for line in out.read_text().splitlines()[:3]] == [line[:20] for line in lines[:3]]
+
+
+@pytest.mark.parametrize("storage", ["lut", "cast"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_census_counts_the_bits_that_weights_take(tmp_path, bits, storage):
+    from census import describe
+
+    settings = {"method": "rtn", "num_samples": 8, "weight_bits": bits, "storage": storage, "threads": 1}
+    onnx_eptq.quantize(DIGITS, CALIB, tmp_path / "q.onnx", **settings)
+    found = describe(tmp_path / "q.onnx", DIGITS, bits)
+    stored = bits if storage == "lut" else 4
+    assert found["bits_per_weight"] == pytest.approx(stored, abs=0.01)
+    assert found["low_bit_share"] == (100 if stored == bits else 0)
 
 
 def test_what_changes_nothing_is_run_once():

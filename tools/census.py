@@ -68,10 +68,12 @@ class File:
         return found
 
     def _data_inputs(self, node: onnx.NodeProto) -> list[str]:
-        # A table of 256 rows only spells out what each byte holds; scales, shapes and bounds are no data either.
+        # A table of 256 rows only spells out what each byte holds, a few factors what each bit is worth; scales, shapes and
+        # bounds are no data either.
         table = node.op_type == "Gather" and self._dims(node.input[0])[:1] == [256]
         if node.op_type in ("Add", "Concat", "Mul", "Or", "BitwiseOr"):
-            return list(node.input)
+            few = {name for name in node.input if name in self.initializers and math.prod(self._dims(name)) <= 8}
+            return [name for name in node.input if name not in few]
         return [node.input[1] if table else node.input[0]] if node.input else []
 
     def _dims(self, value: str) -> list[int]:
