@@ -133,6 +133,11 @@ class Stats:
     means: dict[str, Tensor] = field(default_factory=dict)
     samples: int = 0
 
+    @property
+    def is_weighed(self) -> bool:
+        """Whether anything is known of how much elements count."""
+        return any(histogram.importance is not None for histogram in self.histograms.values())
+
     def lean(self, leaning: float) -> None:
         """Say how far elements count by their importance (1) rather than all alike (0)."""
         for histogram in self.histograms.values():

@@ -196,7 +196,7 @@ def round_columns(rows: Tensor, covariance: Tensor, scale: Tensor, grid: Grid) -
         2, order[:, None, :].expand_as(covariance)
     )
     inverse = torch.cholesky_inverse(_factor(permuted))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    upper = _factor(inverse, upper=True)
     work = rows.gather(2, order[:, None, :].expand_as(rows)).clone()
     latent, error = torch.empty_like(work), torch.zeros_like(scale)
     for start in range(0, unknowns, BLOCK):
@@ -215,14 +215,15 @@ def round_columns(rows: Tensor, covariance: Tensor, scale: Tensor, grid: Grid) -
     return latent.gather(2, back), error
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    """The lower Cholesky factor, of a little more than the covariance where rounding has left it no positive one."""
+def _factor(covariance: Tensor, *, upper: bool = False) -> Tensor:
+    """The Cholesky factor, of a little more than the covariance where rounding has left it no positive one."""
     eye = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
     more = 1e-6 * covariance.diagonal(dim1=1, dim2=2).abs().mean(1).clamp(min=1e-30)
-    found: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(covariance)
+    found: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(covariance, upper=upper)
     while found[1].any() and more.isfinite().all():
         more = 10 * more
-        found = torch.linalg.cholesky_ex(covariance + more[:, None, None] * eye)
+        added = torch.where(found[1] > 0, more, 0.0)
+        found = torch.linalg.cholesky_ex(covariance + added[:, None, None] * eye, upper=upper)
     return found[0]
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from onnx_eptq.errors import ModelError, OutputError
 LOG = logging.getLogger(__name__)
 OPSETS = range(7, 26)
 STANDARD_DOMAINS = (None, "", "ai.onnx")
+HUGE = 1e3  # no score comes near: numbers of this size among small ones are a mask
 PROTOBUF_LIMIT = 2**31 - 2**20  # protobuf refuses 2 GiB; the rest is room for the nodes
 EXTERNAL_BYTES = 1024  # smaller constants stay in the model file: runtimes want to see shapes and axes early
 PACKED_BITS = {
@@ -341,15 +342,46 @@ def array(tensor: gs.Tensor) -> np.ndarray[Any, Any] | None:
 
 
 def is_mask(values: np.ndarray[Any, Any]) -> bool:
-    """Whether an operand pushes elements out of a Softmax: zeros, and negative numbers no score comes near.
+    """Whether an operand pushes elements out of a Softmax: negative numbers no score comes near, and small ones beside them.
 
     On one grid with such numbers, all real scores would fall on one step.
     """
     size = np.abs(values.astype(np.float64))
-    if not values.size or np.isnan(size).any() or size.max() < 1e3 or values.min() >= 0:
+    if not values.size or np.isnan(size).any() or size.max() < HUGE or values.min() >= 0:
         return False
     top = size.max()
-    return bool(np.all((size >= 0.5 * top) | (size <= (1e-3 * top if np.isfinite(top) else 1e3))))
+    return bool(np.all((size >= 0.5 * top) | (size <= (1e-3 * top if np.isfinite(top) else HUGE))))
+
+
+def ruled_out(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Which elements a mask pushes out; none where the values are no mask."""
+    size = np.abs(values.astype(np.float64))
+    found: np.ndarray[Any, Any] = size >= 0.5 * size.max() if is_mask(values) else np.zeros(values.shape, bool)
+    return found
+
+
+def masks_sum(values: np.ndarray[Any, Any], total: gs.Tensor, outputs: Collection[int]) -> bool:
+    """Whether one number per channel, added to what a layer computes, rules some channels out.
+
+    Not before a Relu, or a Clip with a lower bound, that alone reads the sum: there it only means 0 or that bound.
+
+    Args:
+        values: the numbers.
+        total: the sum.
+        outputs: ids of the values that leave the graph.
+    """
+    out = ruled_out(values)
+    return bool(out.any()) and not out.all() and not is_bounded_below(total, outputs)
+
+
+def is_bounded_below(tensor: gs.Tensor, outputs: Collection[int]) -> bool:
+    """Whether all that reads a value are Relus, or Clips with a lower bound; `outputs` as in `masks_sum`."""
+    return bool(tensor.outputs) and id(tensor) not in outputs and all(map(_bounds_below, tensor.outputs))
+
+
+def _bounds_below(node: gs.Node) -> bool:
+    low = array(node.inputs[1]) if is_op(node, "Clip") and len(node.inputs) > 1 else None
+    return is_op(node, "Relu") or (low is not None and low.size == 1 and abs(float(low.reshape(-1)[0])) < HUGE)
 
 
 def extras(graph: gs.Graph) -> Extras:

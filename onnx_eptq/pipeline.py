@@ -29,7 +29,7 @@ from onnx_eptq.data import feeds_whole
 from onnx_eptq.equalize import equalize
 from onnx_eptq.errors import CoverageError, DataError, ModelError, OutputError, UsageError, VerificationError
 from onnx_eptq.methods import EFFORTS, METHODS, Effort, Method
-from onnx_eptq.mixed import Mixed
+from onnx_eptq.mixed import BUDGETS, Mixed
 from onnx_eptq.outputs import class_axes, judged_targets, selections
 from onnx_eptq.plan import Layer, Plan, Rules, check_ops, check_plan, linear_layers, make_plan
 from onnx_eptq.prepare import add_biases, free_batch, lower_opset, prepare
@@ -59,6 +59,9 @@ PARITY_TEXT = 128  # characters of the file's word on its verification: its size
 TEXT = (
     128  # characters that other words on itself fill: equal choices give files of one size, however they were asked for
 )
+SEARCH = (  # settings that widths are found by; the file holds what was found
+    *BUDGETS, "weight_choices", "act_choices", "cost_table", "sensitivity", "sensitivity_cache", "solver_seconds",
+)  # fmt: skip
 Model: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | gs.Graph
 
 
@@ -451,10 +454,8 @@ def observed(job: Job, teacher: mirror.Mirror, batches: Feed, graph: gs.Graph, p
     """Statistics of all samples, whatever the widths, and on some of them how much the outputs answer to the activations."""
     stats = calibrate.observe(teacher, job.plan, job.layers, phases.over("calibrate", batches, len(batches)))
     if job.config.calibration == "hmse":
-        samples = load_samples(teacher, batches.subset(weight_samples(job.batches), job.config.seed))
-        each = gradient_bytes(stats)
-        batch = gradient_batch(job, graph, max(1, min(RANGE_BATCH, RANGE_BYTES // each)))
-        wanted = batch * each / 2**20
+        samples, batch = range_samples(job, teacher, batches, graph, stats)
+        wanted = batch * gradient_bytes(stats) / 2**20
         if wanted <= job.config.cache_mb:
             with phases("ranges"):
                 hessian.weigh_ranges(teacher, graph, job.plan, stats, samples, batch=batch, seed=job.config.seed)
@@ -464,6 +465,14 @@ def observed(job: Job, teacher: mirror.Mirror, batches: Feed, graph: gs.Graph, p
                 f"activation ranges count all errors alike: gradients need {wanted:.0f} MB, more than --cache-mb allows"
             )
     return stats
+
+
+def range_samples(
+    job: Job, teacher: mirror.Mirror, batches: Feed, graph: gs.Graph, stats: calibrate.Stats
+) -> tuple[list[torch.Tensor], int]:
+    """The samples that activation ranges are weighed and judged on, and how many at a time."""
+    samples = load_samples(teacher, batches.subset(weight_samples(job.batches), job.config.seed))
+    return samples, gradient_batch(job, graph, max(1, min(RANGE_BATCH, RANGE_BYTES // gradient_bytes(stats))))
 
 
 def gradient_bytes(stats: calibrate.Stats) -> int:
@@ -500,7 +509,11 @@ def calibrated(job: Job, phases: Phases, stats: calibrate.Stats | None = None) -
     config = job.config
     equalized(job, phases)
     teacher, batches, graph = make_teacher(job)
-    stats = stats or observed(job, teacher, batches, graph, phases)
+    if stats is None:
+        stats = observed(job, teacher, batches, graph, phases)
+    elif stats.is_weighed:  # it was with other widths that they were judged
+        with phases("ranges"):
+            choose_leaning(job, teacher, graph, stats, *range_samples(job, teacher, batches, graph, stats))
     qparams = calibrate.calibrate(
         job.plan, stats, teacher, config.calibration, calibrate.elementwise_readers(job.graph)
     )
@@ -794,7 +807,9 @@ def metadata(report: Report) -> dict[str, str]:
     )
     return {
         "onnx_eptq.version": report.version,
-        "onnx_eptq.settings": padded(json.dumps(report.settings), 2 * TEXT),
+        "onnx_eptq.settings": padded(
+            json.dumps({k: v for k, v in report.settings.items() if k not in SEARCH}), 2 * TEXT
+        ),
         "onnx_eptq.coverage": padded(str(report.coverage), TEXT),
         "onnx_eptq.parity": verified.ljust(PARITY_TEXT),
     }

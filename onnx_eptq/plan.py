@@ -16,7 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_eptq.errors import ModelError, UnsupportedOp, UsageError
-from onnx_eptq.graph import is_mask, is_op
+from onnx_eptq.graph import is_mask, is_op, masks_sum
 from onnx_eptq.grid import Grid
 from onnx_eptq.ops import QUANTIZED, op_name, op_of
 from onnx_eptq.targets import Target
@@ -188,7 +188,7 @@ def _is_known(node: gs.Node) -> bool:
     return True
 
 
-def _bias_of(node: gs.Node) -> tuple[gs.Constant | None, gs.Node]:
+def _bias_of(node: gs.Node, outputs: set[int]) -> tuple[gs.Constant | None, gs.Node]:
     """The bias constant of a linear node and the node that adds it."""
     index = op_of(node).bias
     if index is not None:
@@ -200,7 +200,7 @@ def _bias_of(node: gs.Node) -> tuple[gs.Constant | None, gs.Node]:
         other = [tensor for tensor in consumers[0].inputs if tensor is not output]
         channels = node.inputs[1].shape[-1] if node.inputs[1].shape else None
         constant = len(other) == 1 and is_constant(other[0]) and list(other[0].shape) == [channels]
-        if constant and not is_mask(np.asarray(other[0].values)):
+        if constant and not masks_sum(np.asarray(other[0].values), consumers[0].outputs[0], outputs):
             return other[0], consumers[0]
     return None, node
 
@@ -223,7 +223,7 @@ def linear_layers(graph: gs.Graph) -> list[Layer]:
         weight = node.inputs[index]
         if not is_constant(weight) or not is_float(weight):
             continue
-        bias, bias_node = _bias_of(node) if index else (None, node)
+        bias, bias_node = _bias_of(node, graph_outputs) if index else (None, node)
         if bias_node is not node and id(node.outputs[0]) in graph_outputs:
             bias, bias_node = None, node
         layers.append(
@@ -354,6 +354,8 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[
         consumers = [consumer for tensor in node.outputs for consumer in tensor.outputs]
         if role_of(node) == "linear" and any(id(c) in late for c in consumers):
             return False
+        if role_of(node) == "clamp" and any(id(c) in masking for c in consumers):
+            return False  # behind it is the better place for a quantizer
         if consumers and all(inside(c, node) for c in consumers) and not any(id(t) in outputs for t in node.outputs):
             return True
         for tensor in () if role_of(node) == "linear" else node.inputs:
@@ -399,7 +401,10 @@ class _Planner:
         kept |= {id(layer.node) for layer in self.layers if _matches(rules.keep_float, layer.weight.name)}
         self.kept = kept
         self.region, self.front = _float_region(graph, kept)
-        self.masked = {id(tensor) for node in graph.nodes if masks(node) for tensor in node.outputs}
+        self.masked: set[int] = set()  # values that hold the huge numbers of a mask
+        for node in graph.nodes:
+            moved = role_of(node) == "same_grid" and id(node.inputs[0]) in self.masked
+            self.masked |= {id(tensor) for tensor in node.outputs if masks(node) or moved}
         self.bias_sums = {id(layer.node.outputs[0]) for layer in self.layers if layer.bias_node is not layer.node}
 
     def bits(self, default: int, *names: str) -> int:
@@ -445,9 +450,17 @@ class _Planner:
         readers = tensor.outputs
         if not tensor.inputs or id(tensor) in self.outputs:
             return True
+        if len(readers) == 1 and masks(readers[0]):
+            return self.wide(readers[0].outputs[0])
         if readers and all(op_of(reader).squashes for reader in readers):
             return True
         return len(readers) == 1 and op_of(readers[0]).accumulates and role_of(tensor.inputs[0]) == "linear"
+
+    def whole(self, tensor: gs.Tensor) -> bool:
+        """Whether the value's extremes must not saturate: outputs, and what decides, with or without a mask between."""
+        if id(tensor) in self.outputs or any(op_of(reader).decides for reader in tensor.outputs):
+            return True
+        return len(tensor.outputs) == 1 and masks(tensor.outputs[0]) and self.whole(tensor.outputs[0].outputs[0])
 
     def activation(self, tensor: gs.Tensor) -> None:
         if not is_float(tensor) or self.fused(tensor):
@@ -460,7 +473,7 @@ class _Planner:
         tied = None
         if producer is not None and _only_moves(producer) and producer.inputs[0].name in self.plan:
             tied = self.plan.root(producer.inputs[0].name).value
-        whole = id(tensor) in self.outputs or any(op_of(reader).decides for reader in tensor.outputs)
+        whole = self.whole(tensor)
         if tied:
             self.plan[tied] = replace(self.plan[tied], whole_range=whole or self.plan[tied].whole_range)
             point = replace(self.plan[tied], value=tensor.name, role="activation", tied_to=tied, moved=True)

@@ -18,7 +18,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter, dtype_to_onn
 
 from onnx_eptq import graph as og
 from onnx_eptq.errors import ModelError
-from onnx_eptq.graph import array, constant, is_mask, is_op
+from onnx_eptq.graph import array, constant, is_bounded_below, is_op, masks_sum, ruled_out
 
 LOG = logging.getLogger(__name__)
 OPSET = 21
@@ -29,6 +29,7 @@ PASSES: dict[str, Pass] = {}
 _ROUNDS = 20  # a bound on the repetitions; real models settle in two to four
 _FOLDED_BYTES = 4096  # a folded constant may be this large even where its inputs were smaller
 _INT_MAX = 2**31 - 1
+_LEAST = -1e30  # stands for minus infinity
 _LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _NUMBERED = re.compile(r"/\d+$")  # what `_name` puts behind a name
 _RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
@@ -46,7 +47,10 @@ def prepare(graph: gs.Graph, *, opset: int = OPSET) -> dict[str, int]:
     Raises:
         ModelError: The graph cannot be brought to the opset.
     """
-    named = {name for name, tensor in graph.tensors().items() if isinstance(tensor, gs.Constant)}
+    tensors = graph.tensors()
+    named = {name for name, tensor in tensors.items() if isinstance(tensor, gs.Constant)}
+    numbers = (match.group(0)[1:] for match in map(_NUMBERED.search, tensors) if match and len(match.group(0)) < 8)
+    graph.name_idx = max(graph.name_idx, *map(int, numbers), 0)  # names to come are taken by none
     to_opset(graph, opset)
     og.remove_dead(graph)
     og.infer_shapes(graph)
@@ -125,7 +129,8 @@ def lower_opset(graph: gs.Graph, opset: int) -> None:
                 default = default.decode() if isinstance(default, bytes) else default
                 if node.attrs[name] == default or (node.op, name) == ("Split", "num_outputs"):
                     del node.attrs[name]
-    stuck = [f"'{node.name}' {node.op}" for node in graph.nodes if not _fits(node, opset)]
+    nodes = (node for scope in og.scopes(graph) for node in scope.nodes)
+    stuck = [f"'{node.name}' {node.op}" for node in nodes if not _fits(node, opset)]
     if stuck:
         raise ModelError(f"These nodes have no form in opset {opset}: {', '.join(stuck)}; use a newer one.")
     _declare_opset(graph, opset)
@@ -135,8 +140,11 @@ def _layer_norm_pieces(graph: gs.Graph, node: gs.Node) -> None:
     """LayerNormalization: (x - mean) / sqrt(variance + epsilon) * scale + bias."""
     x, rank = node.inputs[0], _rank(node.inputs[0])
     axis = int(node.attrs.get("axis", -1))
-    if rank is None or any(output.name for output in node.outputs[1:]):
+    kept = _output_ids(graph)
+    if rank is None or any(output.outputs or id(output) in kept for output in node.outputs[1:]):
         return
+    while len(node.outputs) > 1:
+        node.outputs.pop()
     mean = {"axes": list(range(axis % rank, rank)), "keepdims": 1}
     error = _new_node(graph, "Sub", [x, _new_node(graph, "ReduceMean", [x], node, mean)], node)
     variance = _new_node(graph, "ReduceMean", [_new_node(graph, "Mul", [error, error], node)], node, mean)
@@ -1613,7 +1621,7 @@ def fuse_gemm(graph: gs.Graph) -> int:
         weight = _const(matmul, 1)
         if weight is None or weight.ndim != 2 or _rank(matmul.inputs[0]) != 2:
             continue
-        if _row(found[1], weight.shape[1]) is not None and not is_mask(found[1]):
+        if _row(found[1], weight.shape[1]) is not None and not masks_sum(found[1], node.outputs[0], kept):
             _mutate(node, "Gemm", [*matmul.inputs, node.inputs[found[2]]], {})
             node.name, matmul.name = matmul.name, node.name  # layers are known by their matrix
             changes += 1
@@ -1745,14 +1753,14 @@ def _fold_into_producer(graph: gs.Graph, *ops: str) -> int:
             continue
         for source in node.inputs[:2]:
             linear = _producer(source, *_LINEAR)
-            if linear is not None and _only_for(source, node, kept) and _absorb_affine(graph, linear, node):
+            if linear is not None and _only_for(source, node, kept) and _absorb_affine(graph, linear, node, kept):
                 _bypass(graph, node, source, kept)
                 changes += 1
                 break
     return changes
 
 
-def _absorb_affine(graph: gs.Graph, linear: gs.Node, node: gs.Node) -> bool:
+def _absorb_affine(graph: gs.Graph, linear: gs.Node, node: gs.Node, kept: set[int]) -> bool:
     shape = _linear_shape(linear)
     found = None if shape is None else _affine(node, *shape)
     if found is None or found[0] is not linear.outputs[0]:
@@ -1761,7 +1769,9 @@ def _absorb_affine(graph: gs.Graph, linear: gs.Node, node: gs.Node) -> bool:
     weight, bias = array(linear.inputs[1]), _const(linear, 2)
     rescales, shifts = bool(np.any(scale != 1)), bool(np.any(shift != 0))
     shared = len(linear.inputs[1].outputs) > 1
-    if not (np.isfinite(scale).all() and np.isfinite(shift).all()) or weight is None or is_mask(shift):
+    if not (np.isfinite(scale).all() and np.isfinite(shift).all()) or weight is None:
+        return False
+    if is_op(node, "Add") and masks_sum(shift, node.outputs[0], kept):  # `split_masks` would take it out again
         return False
     if (rescales and shared) or (shifts and linear.op == "MatMul" and shape != (1, 2, len(scale))):
         LOG.debug("%s '%s' stays: '%s' is shared or has no bias", node.op, node.name, linear.name)
@@ -1853,20 +1863,23 @@ def fold_bias(graph: gs.Graph) -> int:
 
 @rewrite
 def split_masks(graph: gs.Graph) -> int:
-    """Take out of biases what rules classes out (-inf, -1e9): on one grid with it, all other scores would be equal.
-
-    Before a Relu or Clip it stays: there, it only means 0 or the lower bound.
-    """
+    """Take out of biases what rules classes out (-inf, -1e9): on one grid with it, all other scores would be equal."""
+    kept = _output_ids(graph)
     changes = 0
     for node in list(graph.nodes):
-        bias, out = _const(node, 2) if is_op(node, "Conv", "ConvTranspose", "Gemm") else None, node.outputs[:1]
-        clamped = bool(out) and bool(out[0].outputs) and all(is_op(r, "Relu", "Clip") for r in out[0].outputs)
-        if bias is None or bias.ndim != 1 or not is_mask(bias) or clamped:
+        bias = _const(node, 2) if is_op(node, "Conv", "ConvTranspose", "Gemm") and _linear_shape(node) else None
+        if bias is None or bias.ndim != 1 or not node.outputs:
             continue
-        ruled_out = np.abs(bias) >= 0.5 * np.abs(bias).max()
-        mask = np.where(ruled_out, bias, 0).astype(bias.dtype)
-        _set_constant(graph, node, 2, np.where(ruled_out, 0, bias))
-        masked, scores = out[0], gs.Variable(_name(graph, f"{out[0].name}_unmasked"), out[0].dtype, out[0].shape)
+        if not masks_sum(bias, node.outputs[0], kept):
+            if np.isneginf(bias).any() and is_bounded_below(node.outputs[0], kept):  # a number does as well there
+                _set_constant(graph, node, 2, np.maximum(bias, _LEAST))
+                changes += 1
+            continue
+        out = ruled_out(bias)
+        mask = np.where(out, bias, 0).astype(bias.dtype)
+        _set_constant(graph, node, 2, np.where(out, 0, bias))
+        masked = node.outputs[0]
+        scores = gs.Variable(_name(graph, f"{masked.name}_unmasked"), masked.dtype, masked.shape)
         node.outputs.clear()
         node.outputs.append(scores)
         spread = () if node.op == "Gemm" else (1,) * (len(node.inputs[1].shape) - 2)

@@ -198,12 +198,29 @@ def test_channels_that_hardly_vary_are_summed_about_their_means():
     assert float(error) < 1e-4 * float(exact.diagonal().mean())
 
 
-def test_layers_behind_nearly_constant_channels_are_solved():
-    found, batches = quantized(KINDS["conv"])
-    batches = [[100 + 1e-4 * x for x in batch] for batch in batches]
+def test_layers_behind_nearly_constant_channels_are_solved(monkeypatch):
+    found, batches = quantized(KINDS["gemm"])
+    batches = [[100 + 0.5 * x for x in batch] for batch in batches]
+    source = found.student.quantizer("x")
+    source.scale.fill_(104 / 255)
+    source.zero_point.fill_(0)
+    origins = []
+    monkeypatch.setattr(
+        comp, "gather", lambda *args, **more: origins.append(more.get("origin")) or gather(*args, **more)
+    )
     solved = compensate(found.student, found.teacher, found.plan, found.layers, batches)
     assert solved == [found.layers[0].weight.name]
+    assert [origin is None for origin in origins] == [True, False]
     assert all(value.isfinite().all() for value in found.student.state_dict().values())
+    (layer,) = found.layers
+    mean = torch.cat([source(batch[0]) for batch in batches]).mean(0)
+    exact = torch.cat([batch[0] for batch in batches]).mean(0)
+    weight = found.student.quantizer(layer.weight.name)(found.student.constant(layer.weight.name))
+    ours = torch.nn.functional.linear(mean, weight, found.student.constant(layer.bias.name))
+    theirs = torch.nn.functional.linear(
+        exact, found.teacher.constant(layer.weight.name), found.teacher.constant(layer.bias.name)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.01)
 
 
 def test_rounding_goes_on_where_the_covariance_is_not_positive():
@@ -213,6 +230,10 @@ def test_rounding_goes_on_where_the_covariance_is_not_positive():
     latent, error = round_columns(rows, covariance[None], scale, Grid(4, True))
     assert latent.isfinite().all()
     assert error.isfinite().all()
+    sound = torch.eye(4, dtype=torch.float64)
+    factors = comp._factor(torch.stack([covariance, sound]))
+    assert torch.equal(factors[1], sound)
+    assert factors[0].isfinite().all()
 
 
 @pytest.mark.parametrize(("every", "first"), [(1, 0), (2, 0), (2, 1), (3, 2)])

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -107,6 +108,9 @@ def test_as_many_bytes_as_a_file_of_one_width_has_allow_that_width(tmp_path: Pat
     assert found.budgets["file size"].used <= even.bytes
     mixed_file = onnx_eptq.quantize(DIGITS, CALIB, tmp_path / "mixed.onnx", **settings)
     assert mixed_file.report.bytes <= even.bytes
+    words = {p.key: p.value for p in onnx.load(tmp_path / "mixed.onnx").metadata_props}
+    assert str(folder) not in words["onnx_eptq.settings"]
+    assert json.loads(words["onnx_eptq.settings"])["seed"] == 1
     as_even = {n.name: n.widest if n.role != "weight" else bits for n in mixed.groups}
     assert mixed.sizes.file.use(as_even) == even.bytes
 
@@ -140,6 +144,23 @@ def test_learning_runs_on_the_chosen_plan(tmp_path: Path, folder: Path) -> None:
     data = np.load(ROOT / "models" / "digits_eval.npz")
     (logits,) = session.run(None, {"image": data["x"]})
     assert np.mean(logits.argmax(1) == data["y"]) > 0.9
+
+
+def test_a_file_does_not_depend_on_what_was_measured_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges are judged at the widths that are chosen, not at those that were looked at."""
+    leanings, judged = [], pipeline.choose_leaning
+
+    def recorded(job: pipeline.Job, *others: Any) -> None:
+        judged(job, *others)
+        leanings.append(sum(point.grid.bits for point in job.plan.values()))
+
+    monkeypatch.setattr(pipeline, "choose_leaning", recorded)
+    settings = {**QUICK, "sensitivity_cache": str(tmp_path), "act_choices": (4, 8), "max_activation_memory": 25_000}
+    first, second = (onnx_eptq.quantize(DIGITS, CALIB, **settings) for _ in range(2))
+    assert len(leanings) == 3
+    assert leanings[0] > leanings[1] == leanings[2]
+    values = [[t.raw_data for t in result.model.graph.initializer] for result in (first, second)]
+    assert values[0] == values[1]
 
 
 def test_what_was_measured_is_kept_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

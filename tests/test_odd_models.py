@@ -16,7 +16,7 @@ import pytest
 import onnx_eptq
 from models import f32, heed_sigint, i64, parse, weights
 from onnx_eptq.errors import DataError, ModelError
-from onnx_eptq.graph import is_mask
+from onnx_eptq.graph import is_mask, ruled_out
 
 ROOT = Path(__file__).parents[1]
 W = weights(5)
@@ -135,7 +135,31 @@ def test_scores_beside_a_mask_are_outputs_as_exact_as_without_it(end: str, value
     np.testing.assert_allclose(ours[:, [0, 2, 3]], theirs[:, [0, 2, 3]], atol=0.1)
 
 
-def test_a_bias_that_closes_a_channel_is_no_mask() -> None:
+@pytest.mark.parametrize("end", ["y = Where(keep, s, low)", "y = Add(s, mask)", "r = Relu(s) y = Add(r, mask)"])
+def test_scores_before_a_mask_keep_the_bits_of_an_output(end: str) -> None:
+    mask = f32(0, -1e9, 0, 0)
+    text = "(float[N,8] x) => (float[N,4] y) { s = MatMul(x, w) " + end + " }"
+    model = parse(text, w=W(4, 8).T.copy(), mask=mask, keep=mask == 0, low=f32(-1e9))
+    data = np.random.default_rng(1).normal(size=(64, 8)).astype(np.float32)
+    result = quantize(model, data, act_bits=4, threads=1)
+    (scores,) = {"s", "r"} & set(result.plan)
+    assert result.plan[scores].grid.bits == 8
+    assert result.plan[scores].whole_range
+    assert scores == ("r" if "Relu" in end else "s")
+    assert result.report.fidelity is not None
+    assert 25 < result.report.fidelity.sqnr_db["y"] < 80  # of the scores: beside -1e9, no error would count
+
+
+def test_what_moves_a_masked_output_stays_float_too() -> None:
+    text = "(float[N,8] x) => (float[N,4] y, float[N,2,2] p) { y = Gemm(x, w, mask) p = Reshape(y, shape) }"
+    model = parse(text, w=W(4, 8).T.copy(), mask=f32(0, -1e9, 0, 0), shape=i64(-1, 2, 2))
+    data = np.random.default_rng(1).normal(size=(64, 8)).astype(np.float32)
+    result = quantize(model, data, threads=1)
+    assert {"y", "p"} <= set(result.plan.floats)
+
+
+@pytest.mark.parametrize("value", [-1e4, -np.inf])
+def test_a_bias_that_closes_a_channel_is_no_mask(value: float) -> None:
     model = parse(
         "(float[N,4] x) => (float[N,4] y) { s = Gemm <transB=1> (x, w, b) y = Relu(s) }",
         w=W(4, 4),
@@ -152,6 +176,8 @@ def test_what_is_a_mask() -> None:
     assert not is_mask(f32(0.5, -2, 3))
     assert not is_mask(f32(1e4, 2e4))
     assert not is_mask(f32(-1e4, 500, 20))
+    assert ruled_out(f32(0, -1e4, 5, -np.inf)).tolist() == [False, False, False, False]  # too large for a score
+    assert ruled_out(f32(0, -1e4, 5, -9e3)).tolist() == [False, True, False, True]
 
 
 def test_values_that_are_no_numbers_are_refused() -> None:

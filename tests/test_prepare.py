@@ -396,6 +396,23 @@ example(
     b=RULED_OUT,
 )
 
+example(
+    "split_masks",
+    GEMM4 + "{ a = Gemm(x, w, b)\n y = Clip(a, , six) }",
+    "Gemm Add Clip",
+    w=rand(3, 4),
+    b=RULED_OUT,
+    six=one(6),
+)
+example(
+    "split_masks", "(float[N,3] x) => (float[N,4] a, float[N,4] y) { a = Gemm(x, w, b)\n y = Relu(a) }", "Gemm Add Relu",
+    w=rand(3, 4), b=RULED_OUT,
+)  # fmt: skip
+example("split_masks", GEMM4 + "{ a = Gemm(x, w, b)\n y = Relu(a) }", "Gemm Relu", w=rand(3, 4), b=DIVIDED_OUT)
+example(
+    "fuse_gemm", GEMM4 + "{ a = MatMul(x, w)\n b = Add(a, c)\n y = Relu(b) }", "Gemm Relu", w=rand(3, 4), c=RULED_OUT
+)
+
 BN3 = {"gamma": rand(3), "beta": rand(3), "mean": rand(3), "var": positive(3)}
 BEFORE = "a = BatchNormalization(x, gamma, beta, mean, var)\n"
 example("fold_forward", IMAGE + "{" + BEFORE + "y = Conv(a, w, b) }", "Conv", **CONV, **BN3)
@@ -481,6 +498,8 @@ UNTOUCHED = {
     "a reshape across the batch": "(float[N,6,H] x) => (float[H,2,3,N] y) { s = Shape<start = 0, end = 1>(x)\n"
     " t = Shape<start = 2>(x)\n c = Concat<axis = 0>(t, m23, s)\n y = Reshape(x, c) }",
     "a large expansion of a constant": "(float[64,64] x) => (float[64,64] y) { a = Expand(half, s64)\n y = Mul(x, a) }",
+    "a mask that is scaled": "(float[N,3] x, float[3,4] v) => (float[N,4] y) { y = Gemm<beta = 0.5>(x, v, ruled) }",
+    "a mask in an Add": GEMM4 + "{ a = Gemm<transB = 1>(x, w43)\n y = Add(a, ruled) }",
     "random numbers": V + "{ a = RandomNormalLike<seed = 1.0>(v4)\n b = Mul(a, z0)\n y = Add(x, b) }",
     "a quantized weight": V + "{ q = DequantizeLinear(codes, scale)\n y = MatMul(x, q) }",
     "another domain's Relu": V.replace("x)", "x)") + "{ a = com.microsoft.Gelu(x)\n y = Relu(a) }",
@@ -489,6 +508,7 @@ CONSTANTS = dict(
     z=np.zeros((2, 4), np.float32), **CONV, **BN3, gamma4=positive(4), s4=rand(4, 1, 1), row=rand(6), s3=rand(3, 1, 1),
     p=vec(0, 0, 1, 1, 0, 0, 1, 1), p3=vec(0, 0, 3, 3, 0, 0, 3, 3), half=one(0.5), pc=vec(0, 1, 0, 0, 0, 0, 0, 0),
     w34=rand(3, 4), v4=rand(4), m24=rand(2, 4), one1=vec(1), last=vec(-1), hw=vec(2, 3), m23=vec(2, 3), s64=vec(64, 64),
+    ruled=RULED_OUT, w43=rand(4, 3),
     z0=one(0), codes=RNG.integers(-8, 8, (4, 4)).astype(np.int8), scale=one(0.25),
 )  # fmt: skip
 
@@ -537,6 +557,15 @@ def test_rewritten_layers_keep_the_names_users_know():
     names = [t.name for t in og.tensors_of(graph)]
     assert len(names) == len(set(names))
     assert difference(model, og.to_model(graph)) < 1e-5
+
+
+def test_a_mask_that_is_subtracted_is_split_off_too():
+    model = build(GEMM4 + "{ a = Gemm(x, w)\n y = Sub(a, b) }", w=rand(3, 4), b=-RULED_OUT)
+    graph = og.load(model)
+    prepare(graph)
+    assert ops(graph) == ["Gemm", "Add"]
+    assert difference(model, og.to_model(graph)) < TOLERANCE
+    assert not any(prepare(graph).values())
 
 
 def test_equal_gemm_weights_stay_shared_after_normalizing():
@@ -801,6 +830,26 @@ def test_young_operators_compute_the_same_in_pieces(call):
     assert lowered.opset_import[0].version == 13
     assert lowered.graph.node[-1].op_type == YOUNG[call]
     assert difference(model, lowered) < 1e-6
+
+
+def test_unread_outputs_of_a_normalization_do_not_keep_it():
+    model = build(V + "{ y, mean, deviation = LayerNormalization(x, g) }", opset=21, g=rand(4))
+    graph = og.load(model)
+    lower_opset(graph, 13)
+    lowered = og.to_model(graph, ir_version=8)
+    onnx.checker.check_model(lowered, full_check=True)
+    assert difference(model, lowered) < 1e-6
+
+
+def test_young_operators_in_a_branch_are_named():
+    branch = parser.parse_graph("b () => (float[N,4] u) { u = HardSwish(x) }")
+    model = build("(float[N,4] x, bool c) => (float[N,4] y) { y = Relu(x) }", opset=21)
+    node = helper.make_node("If", ["c"], ["y"], "choice", then_branch=branch, else_branch=branch)
+    del model.graph.node[:]
+    model.graph.node.append(node)
+    graph = og.load(model)
+    with pytest.raises(ModelError, match="HardSwish"):
+        lower_opset(graph, 13)
 
 
 def test_group_normalization_gets_scales_per_channel():
