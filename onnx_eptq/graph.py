@@ -342,7 +342,7 @@ def array(tensor: gs.Tensor) -> np.ndarray[Any, Any] | None:
 
 
 def is_mask(values: np.ndarray[Any, Any]) -> bool:
-    """Whether an operand pushes elements out of a Softmax: negative numbers no score comes near, and small ones beside them.
+    """Whether an operand pushes elements out of a Softmax: negative numbers no score comes near, alone or among small ones.
 
     On one grid with such numbers, all real scores would fall on one step.
     """

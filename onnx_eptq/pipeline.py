@@ -56,10 +56,9 @@ STEP_COST, START_COST = 1.5, 4.5  # of a step, and of a closed-form start, per s
 LEAST_SAMPLES = 32  # that layers are solved with, whatever the memory
 IMAGE_ELEMENTS = 3 * 224 * 224  # a sample of this size is run in batches of 32
 PARITY_TEXT = 128  # characters of the file's word on its verification: its size is known before it is verified
-TEXT = (
-    128  # characters that other words on itself fill: equal choices give files of one size, however they were asked for
-)
-SEARCH = (  # settings that widths are found by; the file holds what was found
+# The file's other words on itself fill multiples of so many characters: equal plans give files of one size, however asked for.
+METADATA_UNIT = 128
+SEARCH_SETTINGS = (  # that widths are found by; the file holds what was found
     *BUDGETS, "weight_choices", "act_choices", "cost_table", "sensitivity", "sensitivity_cache", "solver_seconds",
 )  # fmt: skip
 Model: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | gs.Graph
@@ -808,8 +807,8 @@ def metadata(report: Report) -> dict[str, str]:
     return {
         "onnx_eptq.version": report.version,
         "onnx_eptq.settings": padded(
-            json.dumps({k: v for k, v in report.settings.items() if k not in SEARCH}), 2 * TEXT
+            json.dumps({k: v for k, v in report.settings.items() if k not in SEARCH_SETTINGS}), 2 * METADATA_UNIT
         ),
-        "onnx_eptq.coverage": padded(str(report.coverage), TEXT),
+        "onnx_eptq.coverage": padded(str(report.coverage), METADATA_UNIT),
         "onnx_eptq.parity": verified.ljust(PARITY_TEXT),
     }

@@ -120,8 +120,7 @@ def lower_opset(graph: gs.Graph, opset: int) -> None:
         axes = _const(node, 1)
         if node.op.startswith("Reduce") and node.op != "ReduceSum" and axes is not None:
             node.attrs["axes"] = [int(axis) for axis in axes.ravel()]
-            while len(node.inputs) > 1:  # graphsurgeon's lists know no slices
-                node.inputs.pop()
+            _shorten(node.inputs, 1)
         schema, older = onnx.defs.get_schema(node.op, graph.opset, ""), _schema(node.op, opset)
         if older:
             for name in set(node.attrs) - set(older.attributes):
@@ -143,8 +142,7 @@ def _layer_norm_pieces(graph: gs.Graph, node: gs.Node) -> None:
     kept = _output_ids(graph)
     if rank is None or any(output.outputs or id(output) in kept for output in node.outputs[1:]):
         return
-    while len(node.outputs) > 1:
-        node.outputs.pop()
+    _shorten(node.outputs, 1)
     mean = {"axes": list(range(axis % rank, rank)), "keepdims": 1}
     error = _new_node(graph, "Sub", [x, _new_node(graph, "ReduceMean", [x], node, mean)], node)
     variance = _new_node(graph, "ReduceMean", [_new_node(graph, "Mul", [error, error], node)], node, mean)
@@ -186,14 +184,14 @@ def _mish_pieces(graph: gs.Graph, node: gs.Node) -> None:
 
 
 def _shape_pieces(graph: gs.Graph, node: gs.Node) -> None:
-    """A part of the shape: a slice of the whole."""
+    """Shape with bounds: a slice of the whole shape."""
     ends = (node.attrs.get("start", 0), node.attrs.get("end", _INT_MAX))
     bounds = [_new_constant(graph, f"{node.name}_bound", np.array([end], np.int64)) for end in ends]
     _mutate(node, "Slice", [_new_node(graph, "Shape", node.inputs, node), *bounds], {})
 
 
 def _reshape_pieces(graph: gs.Graph, node: gs.Node) -> None:
-    """The same without `allowzero`, where no size is 0."""
+    """Reshape with `allowzero`: without it, where no size is 0."""
     if _is_never_zero(node.inputs[1]):
         node.attrs.pop("allowzero", None)
 
@@ -465,6 +463,12 @@ def _mutate(node: gs.Node, op: str, inputs: Sequence[gs.Tensor], attrs: dict[str
     node.op, node.domain, node.attrs = op, None, dict(attrs)
     node.inputs.clear()
     node.inputs.extend(inputs)
+
+
+def _shorten(tensors: list[gs.Tensor], length: int) -> None:
+    """Drop all but the first of a node's inputs or outputs: graphsurgeon's lists know no slices."""
+    while len(tensors) > length:
+        tensors.pop()
 
 
 def _set_constant(graph: gs.Graph, node: gs.Node, index: int, values: Array) -> None:
@@ -2018,8 +2022,7 @@ def add_biases(graph: gs.Graph) -> int:
         axis = {"Conv": 0, "ConvTranspose": 1, "Gemm": 0 if node.attrs.get("transB", 0) else 1}[node.op]
         channels = shape[axis] * (node.attrs.get("group", 1) if node.op == "ConvTranspose" else 1)
         bias = constant(og.fresh(f"{node.inputs[1].name}_bias", taken), np.zeros(channels, np.float32))
-        while len(node.inputs) > 2:  # graphsurgeon's lists know no slices
-            node.inputs.pop()
+        _shorten(node.inputs, 2)
         node.inputs.append(bias)
         added += 1
     return added

@@ -44,9 +44,8 @@ class Writer:
         self.shared: dict[str, gs.Constant] = {}
         self.readers: dict[str, set[str]] = {}  # of what is shared: the values it was asked for by
         self.owners: dict[str, str] = {}  # of nodes and initializers: the value, or the key of what is shared
-        self.numbers = {
-            value: number for number, value in enumerate(plan)
-        }  # the same, whatever the widths: names are bytes
+        # Numbers for short names: a value's is the same whatever the widths, as names are bytes that budgets count.
+        self.numbers = {value: number for number, value in enumerate(plan)}
         self.value = ""  # whose quantizer is being written
 
     def name(self, wanted: str) -> str:
