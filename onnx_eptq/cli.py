@@ -188,7 +188,7 @@ def quantize(
     dry_run: Annotated[bool, option(RUN, "Print plan, coverage and an estimate, then stop", "--dry-run")] = False,
     strict: Annotated[bool, option(RUN, "Fail when a layer with weights would stay float", "--strict")] = False,
     seed: Annotated[int | None, option(RUN, "Decides every random choice [0]")] = None,
-    threads: Annotated[int | None, option(RUN, "CPU threads, 0 for one per core [0]")] = None,
+    threads: Annotated[int | None, option(RUN, "CPU threads, 0 for one per core, fewer for small models [0]")] = None,
     device: Annotated[str | None, option(RUN, "Where the simulation runs: cpu, cuda, cuda:1 [cpu]")] = None,
     config: Annotated[Path | None, option(RUN, "Read settings from a YAML file; options win over it")] = None,
     save_config: Annotated[Path | None, option(RUN, "Write all settings as a YAML file")] = None,

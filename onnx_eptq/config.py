@@ -86,7 +86,7 @@ class Config(BaseModel):
         None, description="Axis order; read off the model's input by default"
     )
     seed: int = Field(0, ge=0, description="Decides every random choice")
-    threads: int = Field(0, ge=0, description="CPU threads; 0: one per core")
+    threads: int = Field(0, ge=0, description="CPU threads; 0: one per core, fewer for models too small for them")
     device: str = Field("cpu", description="Where the simulation runs: cpu, cuda, cuda:1")
 
     @property

@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 import torch
 
 import onnx_eptq
-from onnx_eptq import calibrate, checkpoint, compensate, eptq, hessian, mirror, resources, sensitivity, verify
+from onnx_eptq import calibrate, checkpoint, compensate, eptq, hessian, mirror, resources, sensitivity, threads, verify
 from onnx_eptq import data as sources
 from onnx_eptq import graph as graphs
 from onnx_eptq.config import Config
@@ -89,6 +89,7 @@ class Job:
     is_equalized: bool = False  # channels have been evened out
 
 
+@threads.restored()
 def quantize(
     model: Model,
     data: Any,
@@ -157,8 +158,6 @@ def begin(
     mixes = check_budgets(config, plan, explore)
     target = choose_target(config)
     check_device(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     if output is not None:
         check_output(output, model)
     with phases("prepare"):
@@ -191,6 +190,8 @@ def begin(
     report.preparation = {name: count for name, count in changes.items() if count}
     report.float_bytes = graphs.file_bytes(source) if isinstance(source, Path) else source.ByteSize()
     job = Job(graph, source, plan, linear_layers(graph), target, batches, config, report, groups)
+    report.threads = config.threads or worthwhile_threads(job)
+    torch.set_num_threads(report.threads)
     describe_plan(job)
     describe_data(job)
     if groups:
@@ -373,6 +374,14 @@ def measuring_runs(job: Job) -> int:
     if job.config.sensitivity == "output":
         return sum(len(group.widths) for group in job.groups)
     return 2 * hessian.PROBES + 4 * max(len(group.widths) for group in job.groups)  # gradients, and rounding
+
+
+def worthwhile_threads(job: Job) -> int:
+    """CPU threads that pay off for the model's work on the batches that most time is spent with."""
+    teacher, batch = mirror.build(job.graph).to(job.config.device), next(iter(job.batches))
+    counts = resources.elements(teacher, calibrate.feed(teacher, batch))
+    size = sized_effort(job).batch if METHODS[job.config.method].stages else job.batches.batch_size
+    return threads.worthwhile(size * resources.all_macs(job.graph, counts) / len(job.graph.nodes))
 
 
 def estimate(job: Job) -> dict[str, float]:
@@ -623,6 +632,7 @@ def source_bytes(job: Job) -> bytes:
     return job.source.read_bytes() if isinstance(job.source, Path) else job.source.SerializeToString()
 
 
+@threads.restored()
 def explore(
     model: Model, data: Any, *, config: Config | None = None, phases: Phases | None = None, **settings: Any
 ) -> Mixed:
@@ -744,7 +754,7 @@ def learned(job: Job, ready: Ready, saved: Path | None, resume: bool, phases: Ph
 
 def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | None, phases: Phases) -> onnx.ModelProto:
     """Write, verify, and only then put the file in place."""
-    report, threads = job.report, job.config.threads
+    report = job.report
     quantized = student.export(job.plan)
     written = write(job.graph, job.plan, quantized, job.target.storage, opset=job.config.opset)
     with graphs.staging(output) as staged:
@@ -752,13 +762,15 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
         with phases("verify"):
             count = max(1, min(PARITY_SAMPLES, PARITY_SAMPLES * IMAGE_ELEMENTS // sample_elements(job.batches)))
             few = job.batches.subset(count, job.config.seed)
-            report.parity = verify.check_parity(staged.path, student, job.plan, job.layers, quantized, few, threads)
+            report.parity = verify.check_parity(
+                staged.path, student, job.plan, job.layers, quantized, few, report.threads
+            )
         onnx.helper.set_model_props(written, {**_properties(written), **metadata(report)})
         staged.set_metadata(_properties(written))
         with phases("compare"):
             some = job.batches.subset(FIDELITY_SAMPLES, job.config.seed)
             report.fidelity = verify.measure_fidelity(
-                job.source, staged.path, some, threads, selections(job.graph), class_axes(job.graph)
+                job.source, staged.path, some, report.threads, selections(job.graph), class_axes(job.graph)
             )
         report.warnings += low_fidelity(report.fidelity) + runtime_deviations(report.parity, report.fidelity)
         report.bytes = graphs.file_bytes(staged.path)

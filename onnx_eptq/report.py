@@ -106,6 +106,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     preparation: dict[str, int] = field(default_factory=dict)
     equalized: list[Equalized] = field(default_factory=list)
+    threads: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     float_bytes: int = 0
     bytes: int = 0
@@ -153,7 +154,8 @@ class Report:
         yield from self._allocated()
         yield from self._learned()
         if self.seconds:
-            yield "time       " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+            spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+            yield f"time       {spent} ({self.threads} thread{'s' if self.threads > 1 else ''})"
         if self.bytes:
             yield f"size       {self.float_bytes:,} -> {self.bytes:,} bytes ({self.float_bytes / self.bytes:.1f} x smaller)"
         yield from self._verified()

@@ -249,6 +249,12 @@ def macs(node: gs.Node, layer: Layer | None, counts: Mapping[str, tuple[float, i
     return out * shared if isinstance(shared, int) else 0.0
 
 
+def all_macs(graph: gs.Graph, counts: Mapping[str, tuple[float, int]]) -> float:
+    """Multiplications of all linear nodes on one sample."""
+    layers = {id(layer.node): layer for layer in linear_layers(graph)}
+    return sum(macs(node, layers.get(id(node)), counts) for node in graph.nodes if role_of(node) == "linear")
+
+
 def bit_operations(
     graph: gs.Graph, plan: Plan, groups: Sequence[Group], counts: Mapping[str, tuple[float, int]]
 ) -> Resource:
