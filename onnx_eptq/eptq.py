@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ HELD_SHARE_OF_FEW, HELD_ENOUGH = 4, 64  # but one in four up to so many: fewer c
 LUCK = 0.5
 STARTS = ("rtn", "compensated", "weighted")
 CHECKS = 8  # times per network-wide stage that the held-out samples are looked at
+CHECK_STEPS = 5  # steps between two such looks, at least: one costs as much as one or two steps
 CURVE = 50  # points of a recorded loss curve
 INTERVAL = 20.0  # seconds between checkpoints: what a killed run loses at most
 HESSIAN_SAMPLES = 64
@@ -389,6 +390,26 @@ class _Order:
         return batch
 
 
+@dataclass
+class Cache:
+    """The teacher's values for all samples, kept for the stages that learn from the same ones.
+
+    Attributes:
+        visits: samples that will be asked for, counted as often as they are; keeping them is not worth it below twice each.
+    """
+
+    visits: float = math.inf
+    names: tuple[str, ...] | None = None
+    values: list[Tensor] | None = None
+
+    def of(self, names: tuple[str, ...], count: int, compute: Callable[[], list[Tensor] | None]) -> list[Tensor] | None:
+        """What is kept of `count` samples under these names, or else what `compute` returns."""
+        if names != self.names and self.visits >= 2 * count:
+            self.values = None  # before the others need their place
+            self.names, self.values = names, compute()
+        return self.values
+
+
 class _Piece:
     """One piece while it learns: its functions, learned quantizers, targets and optimiser."""
 
@@ -402,6 +423,7 @@ class _Piece:
         ours: Mapping[str, Tensor],
         theirs: Mapping[str, Tensor],
         done: set[str],
+        cache: Cache | None = None,
     ) -> None:
         self.problem, self.stage = problem, stage
         teacher, whole = problem.teacher, stage.scope == "network"
@@ -433,7 +455,7 @@ class _Piece:
         self.ours, self.theirs = ([kept[name] for name in piece.inputs] for kept in (ours, theirs))
         if first:
             self.ours = self.theirs = list(problem.samples)
-        self.cache = self._cached()
+        self.cache = (cache or Cache()).of((*wanted, *crossing), len(self.theirs[0]), self._cached)
         first_batch = torch.split(torch.arange(min(problem.effort.batch, len(self.ours[0]))), problem.together)
         found = [self._expected(chunk) for chunk in first_batch]
         few = [_joined(values) for values in zip(*found, strict=True)]
@@ -453,7 +475,9 @@ class _Piece:
         size = sum(value.numel() * value.element_size() for value in first) / min(batch, count) * count
         if size > self.problem.cache_bytes or any(not value.ndim or len(value) != min(batch, count) for value in first):
             return None
-        kept = [value[:1].expand(count, *value.shape[1:]).clone(memory_format=_layout(value)) for value in first]
+        kept = [
+            torch.empty(count, *x.shape[1:], dtype=x.dtype, device=x.device, memory_format=_layout(x)) for x in first
+        ]
         for start in range(0, count, batch):
             for place, value in zip(kept, self.teacher(*[x[start : start + batch] for x in self.theirs]), strict=True):
                 place[start : start + batch] = value
@@ -592,6 +616,9 @@ class Learner:
         self.running: _Piece | None = None
         self.pieces = [self._pieces(stage) for stage in problem.method.stages]
         self.total = sum(self.steps_of(i) * sum(bool(p.layers) for p in found) for i, found in enumerate(self.pieces))
+        stages = enumerate(problem.method.stages)
+        steps = sum(self.steps_of(i) for i, stage in stages if stage.scope == "network")
+        self.cache = Cache(steps * problem.effort.batch)
         self.saved_at = time.monotonic()
 
     def _pieces(self, stage: Stage) -> list[Piece]:
@@ -712,7 +739,9 @@ class Learner:
         if not piece.layers:
             self.step = 0
             return
-        running = self.running = _Piece(problem, self.student, stage, piece, first, ours, theirs, done)
+        whole = stage.scope == "network"
+        cache = self.cache if whole else Cache(steps * problem.effort.batch)
+        running = self.running = _Piece(problem, self.student, stage, piece, first, ours, theirs, done, cache)
         seed = problem.seed * 1_000_003 + self.stage * 10_007 + self.piece
         order = _Order(len(running.ours[0]), problem.effort.batch, seed)
         if self.resume:
@@ -735,7 +764,7 @@ class Learner:
                 self.learning.curve.append(
                     {"stage": self.stage, "piece": self.piece, "step": self.step, "loss": float(loss)}
                 )
-            if stage.scope == "network" and self.step % -(-steps // CHECKS) == 0 and self.step < steps:
+            if whole and self.step % max(-(-steps // CHECKS), CHECK_STEPS) == 0 and self.step < steps:
                 self._check(running, stage)
             self._checkpoint()
             try:

@@ -96,6 +96,12 @@ ODD = {
 EVERY = {**{name: make() for name, make in MODELS.items()}, **ODD}
 
 
+@pytest.fixture(autouse=True)
+def _all_checks(monkeypatch):
+    """Runs of a few steps look at the held-out samples as often as long ones do."""
+    monkeypatch.setattr(eptq, "CHECK_STEPS", 1)
+
+
 def case(name, weight_bits=3, act_bits=8):
     """A plainly rounded model whose parts may be changed."""
     return models.quantize(copy.deepcopy(EVERY[name]), Rules(weight_bits, act_bits))
@@ -881,6 +887,39 @@ def test_what_is_cached_is_what_is_computed():
         found = case("residual")
         losses.append(list(Learner(models.problem(found, "eptq", cache_bytes=size), found.student)))
     assert [float(loss) for loss in losses[0]] == pytest.approx([float(loss) for loss in losses[1]], rel=1e-4)
+
+
+def count_teacher_caches(monkeypatch, method, steps):
+    """How often all of the teacher's values are computed in one run."""
+    found, calls, original = case("residual"), [], eptq._Piece._cached
+
+    def counted(piece):
+        calls.append(piece)
+        return original(piece)
+
+    monkeypatch.setattr(eptq._Piece, "_cached", counted)
+    list(Learner(models.problem(found, method, steps=steps), found.student))
+    return len(calls)
+
+
+def test_stages_over_the_network_share_what_the_teacher_computes(monkeypatch):
+    assert count_teacher_caches(monkeypatch, "eptq", 20) == 1
+
+
+def test_what_is_hardly_asked_for_is_not_kept(monkeypatch):
+    assert count_teacher_caches(monkeypatch, "eptq", 2) == 0
+
+
+def test_pieces_keep_their_own_values(monkeypatch):
+    assert count_teacher_caches(monkeypatch, "adaquant", 20) == 3  # one per layer
+
+
+def test_checks_are_not_closer_than_they_are_worth(monkeypatch):
+    found, checks = case("residual"), []
+    monkeypatch.setattr(eptq, "CHECK_STEPS", 5)
+    monkeypatch.setattr(Learner, "_check", lambda learner, running, stage: checks.append(learner.step))
+    list(Learner(models.problem(found, "eptq", steps=24), found.student))
+    assert checks == [5, 10, 5, 10]
 
 
 @pytest.mark.slow
