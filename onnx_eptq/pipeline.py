@@ -32,7 +32,8 @@ from onnx_eptq.methods import EFFORTS, METHODS, Effort, Method
 from onnx_eptq.mixed import BUDGETS, Mixed
 from onnx_eptq.outputs import class_axes, judged_targets, selections
 from onnx_eptq.plan import Layer, Plan, Rules, check_ops, check_plan, linear_layers, make_plan
-from onnx_eptq.prepare import add_biases, free_batch, lower_opset, prepare
+from onnx_eptq.prepare import add_biases, free_batch, prepare
+from onnx_eptq.prepare.opset import lower_opset
 from onnx_eptq.report import Phases, Report, find_islands, measure_coverage
 from onnx_eptq.targets import TARGETS, Target
 from onnx_eptq.widths import DEFAULT_WEIGHT_WIDTHS, Asked, Group, candidates, with_widths

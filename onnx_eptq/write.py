@@ -14,7 +14,7 @@ from onnx_eptq import graph as graphs
 from onnx_eptq.grid import DTYPES, Grid, QParams, Quantized
 from onnx_eptq.ops import op_of
 from onnx_eptq.plan import QuantPoint, walk
-from onnx_eptq.prepare import lower_opset
+from onnx_eptq.prepare.opset import lower_opset
 
 Storage = Callable[["Writer", str, np.ndarray, Grid], gs.Tensor]
 STORAGE: dict[str, Storage] = {}

@@ -18,7 +18,7 @@ from onnx_eptq.mirror import build
 from onnx_eptq.ops import Op
 from onnx_eptq.pipeline import quantize
 from onnx_eptq.plan import check_ops, make_plan
-from onnx_eptq.prepare import lower_opset
+from onnx_eptq.prepare.opset import lower_opset
 
 HEAD = "a = MatMul(x, w0) b = Relu(a) p = MatMul(b, w1) q = Relu(p) c = MatMul(q, w2)"  # `c` goes into the new operator
 

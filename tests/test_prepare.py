@@ -17,7 +17,8 @@ from onnx import helper, numpy_helper, parser
 
 from onnx_eptq import graph as og
 from onnx_eptq.errors import ModelError
-from onnx_eptq.prepare import PASSES, lower_opset, prepare, run_pass, to_opset
+from onnx_eptq.prepare import PASSES, prepare, run_pass
+from onnx_eptq.prepare.opset import lower_opset, to_opset
 
 TOLERANCE = 1e-5  # of the output's scale
 RNG = np.random.default_rng(0)

@@ -152,14 +152,14 @@ FAULTS = (
     ),
     Fault(
         "BatchNormalization folded without its epsilon",
-        "prepare.py",
+        "prepare/linear.py",
         'np.sqrt(variance + node.attrs.get("epsilon", 1e-5))',
         "np.sqrt(variance)",
         ("prepare",),
     ),
     Fault(
         "sum folded into a padded Conv behind it",
-        "prepare.py",
+        "prepare/linear.py",
         'in ("NOTSET", "VALID") and not any(linear.attrs.get("pads", []))',
         'in ("NOTSET", "VALID")',
         ("prepare",),
@@ -334,7 +334,7 @@ FAULTS = (
     ),
     Fault(
         "a mask in a bias stays there",
-        "prepare.py",
+        "prepare/linear.py",
         "bias is None or bias.ndim != 1 or not node.outputs",
         "True",
         ("odd_models", "prepare"),
