@@ -93,6 +93,23 @@ def _layer_norm_pieces(graph: gs.Graph, node: gs.Node) -> None:
         mutate(node, "Add", [new_node(graph, "Mul", [unit, node.inputs[1]], node), bias], {})
 
 
+def _group_norm_pieces(graph: gs.Graph, node: gs.Node) -> None:
+    """GroupNormalization: InstanceNormalization of [N, groups, all else], then scale and bias of the channels."""
+    x, rank, groups = node.inputs[0], rank_of(node.inputs[0]), int(node.attrs["num_groups"])
+    if rank is None:
+        return
+    rows = new_constant(graph, f"{node.name}_rows", np.array([0, groups, -1], np.int64))
+    neutral = [new_constant(graph, f"{node.name}_unit", np.full(groups, value, np.float32)) for value in (1, 0)]
+    epsilon = {"epsilon": node.attrs.get("epsilon", 1e-5)}
+    unit = new_node(
+        graph, "InstanceNormalization", [new_node(graph, "Reshape", [x, rows], node), *neutral], node, epsilon
+    )
+    unit = new_node(graph, "Reshape", [unit, new_node(graph, "Shape", [x], node)], node)
+    axes = new_constant(graph, f"{node.name}_axes", np.arange(1, rank - 1, dtype=np.int64))
+    scale, bias = (new_node(graph, "Unsqueeze", [tensor, axes], node) for tensor in node.inputs[1:])
+    mutate(node, "Add", [new_node(graph, "Mul", [unit, scale], node), bias], {})
+
+
 def _gelu_pieces(graph: gs.Graph, node: gs.Node) -> None:
     """Gelu: x / 2 * (1 + erf(x / sqrt 2)), or with tanh(sqrt(2 / pi) (x + 0.044715 x ** 3)) for the error function."""
     x = node.inputs[0]
@@ -153,6 +170,7 @@ def _number(graph: gs.Graph, node: gs.Node, value: float) -> gs.Constant:
 
 _PIECES: dict[str, Callable[[gs.Graph, gs.Node], None]] = {
     "LayerNormalization": _layer_norm_pieces,
+    "GroupNormalization": _group_norm_pieces,
     "Gelu": _gelu_pieces,
     "HardSwish": _hard_swish_pieces,
     "Mish": _mish_pieces,
