@@ -837,6 +837,19 @@ def test_young_operators_compute_the_same_in_pieces(call):
     assert difference(model, lowered) < 1e-6
 
 
+@pytest.mark.parametrize("equation", ["bic,co->bio", "bic,chd->bhid", "bic,c->bi"])
+def test_the_product_of_an_einsum_keeps_its_name(equation):
+    shape = {"bic,co->bio": (4, 5), "bic,chd->bhid": (4, 2, 5), "bic,c->bi": (4,)}[equation]
+    out = "[N,3,5]" if len(shape) == 2 else "[N,2,3,5]" if len(shape) == 3 else "[N,3]"
+    text = f'(float[N,3,4] x) => (float{out} y) {{ y = Einsum<equation = "{equation}">(x, w) }}'
+    model = build(text, w=rand(*shape))
+    model.graph.node[0].name = "projection"
+    graph = og.load(model)
+    prepare(graph)
+    assert [node.op for node in graph.nodes if node.name == "projection"] == ["MatMul"]
+    assert len({node.name for node in graph.nodes}) == len(graph.nodes)
+
+
 def test_unread_outputs_of_a_normalization_do_not_keep_it():
     model = build(V + "{ y, mean, deviation = LayerNormalization(x, g) }", opset=21, g=rand(4))
     graph = og.load(model)

@@ -206,6 +206,9 @@ def _unfold(graph: gs.Graph, node: gs.Node) -> bool:
     steps += [("Transpose", [], {"perm": perm})] if perm != sorted(perm) else []
     for op, inputs, attrs in steps[:-1]:
         source = new_node(graph, op, [source, *inputs], node, attrs)
+        if op == "MatMul":  # the layer, by whose name users know it
+            made = source.inputs[0]
+            made.name, node.name = node.name, made.name
     op, inputs, attrs = steps[-1]
     mutate(node, op, [source, *inputs], attrs)
     return True
