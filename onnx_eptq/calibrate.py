@@ -403,7 +403,14 @@ def calibrate(
                 histogram.update(torch.tensor([0.0, 255.0]))
             chosen = CALIBRATORS["minmax" if point.whole_range else method]
             qparams[value] = chosen(histogram, point.grid, point.limits, (seen or {}).get(value, torch.clone))
+            if float(qparams[value].scale) < least_scale(point):
+                qparams[value] = affine_qparams(min(histogram.min, 0.0), point.reach, point.grid)
     return qparams
+
+
+def least_scale(point: QuantPoint) -> float:
+    """The smallest step that a grid may have to reach as far as it must; 0 for most, and for all of less than 8 bits."""
+    return point.reach / (point.grid.qmax - point.grid.qmin) if point.grid.bits >= 8 else 0.0
 
 
 def _candidates(method: str, point: QuantPoint) -> list[WeightCalibrator]:
@@ -508,6 +515,8 @@ def correct_biases(student: Mirror, teacher: Mirror, plan: Plan, layers: Iterabl
     corrected = 0
     for layer in layers:
         if layer.bias is None or layer.bias.name not in plan or layer.source.name not in stats.means:
+            continue
+        if layer.node.attrs.get("transA", 0):  # its means are over features, not over samples
             continue
         weight = teacher.constant(layer.weight.name)
         rounded = student.quantizer(layer.weight.name)(weight)

@@ -206,8 +206,10 @@ def quantize(
     _log(verbose, quiet)
     given = _given(locals())
     for path in (plan_out, save_config):
-        if path and not path.absolute().parent.is_dir():
-            raise UsageError(f"cannot write {path}: its folder does not exist")
+        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise UsageError(
+                f"cannot write {path}: " + ("it is a folder" if path.is_dir() else "its folder does not exist")
+            )
     try:
         flags = _Flags(dry_run, strict, resume, as_json, quiet)
         _run(model, data, output, given, (plan_in, plan_out), config, save_config, flags)
@@ -230,7 +232,8 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
         raise UsageError("the bits of weights are given twice; give -w or --bits once without a pattern")
     if alone:
         found["weight_bits"] = _widths("--bits takes PATTERN=BITS, such as 'conv1=8'; without a pattern it", alone[0])
-    budgets = any(found.get(name) is not None for name in _budgets())
+    from_file = _load(options["config"]) if options.get("config") else None
+    budgets = any(found.get(name) is not None for name in _budgets()) or bool(from_file and from_file.budgets)
     for name, choices in (("weight_bits", "weight_choices"), ("act_bits", "act_choices")):
         widths = found.pop(name, None)
         if widths is not None and (len(widths) > 1 or budgets):
@@ -242,13 +245,19 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     data, random = options.get("data"), options.get("random_calibration")
     if not random:
         found.pop("random_calibration", None)  # a config file may have asked for it
-    if data is None and not random:
+    if data is None and not random and not (from_file and from_file.random_calibration):
         raise UsageError(
             "give calibration samples (a folder of images, .npy or .npz), or --random-calibration to try out"
         )
     if data is not None and random:
         raise UsageError(f"--random-calibration and the data {data} exclude each other; give one of them")
     return found
+
+
+def _load(path: Path) -> Any:
+    from onnx_eptq.config import Config
+
+    return Config.load(path)
 
 
 class _Flags(NamedTuple):
@@ -288,7 +297,9 @@ def _run(
         config.save(save_config)
     plan_in, plan_out = plans
     plan = Plan.from_json(_read(plan_in)) if plan_in else None
-    kind = "mixed" if config.budgets else f"int{config.weight_bits}"
+    if plan and {"weight_bits", "act_bits"} & given.keys():
+        raise UsageError("the plan that is given says every width already; edit it instead of giving -w or -a")
+    kind = "quantized" if plan else "mixed" if config.budgets else f"int{config.weight_bits}"
     output = output or model.with_name(f"{model.stem}_{kind}.onnx")
     phases = Phases(console(flags.quiet))
     options: dict[str, Any] = {"config": config, "plan": plan, "strict": flags.strict, "phases": phases}
@@ -333,14 +344,14 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
 
 def _widths(name: str, text: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
+    if not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
         raise UsageError(f"{name} takes a number of bits, or several with commas between them (2,4,8), not {text!r}")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def _override(text: str) -> tuple[str, int | tuple[int, ...]]:
     pattern, _, bits = text.rpartition("=")
-    if not pattern or not all(part.isdigit() for part in bits.split(",")):
+    if not pattern or not all(part.isascii() and part.isdigit() for part in bits.split(",")):
         raise UsageError(f"--bits takes PATTERN=BITS, such as 'conv1=8' or 'conv*=4,8', not {text!r}")
     widths = _widths("--bits", bits)
     return pattern, widths[0] if len(widths) == 1 else widths
@@ -413,6 +424,8 @@ def explore(
     """
     _log(options["verbose"], options["quiet"])
     given = _given(options)
+    if "weight_bits" in given:  # also one that is the default elsewhere
+        given["weight_choices"] = (given.pop("weight_bits"),)
     from onnx_eptq import front, pipeline
     from onnx_eptq.config import Config
     from onnx_eptq.report import Phases, console

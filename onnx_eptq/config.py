@@ -112,7 +112,7 @@ class Config(BaseModel):
             raise UsageError(f"cannot read the config file {path}: {str(error).splitlines()[0]}") from None
         if not isinstance(settings, dict):
             raise UsageError(f"the config file {path} holds a {type(settings).__name__}, not `name: value` lines")
-        return cls.make(**{**settings, **overrides})
+        return cls.make(**{**{str(name): value for name, value in settings.items()}, **overrides})
 
     def save(self, path: str | Path) -> None:
         """Write every setting as YAML."""

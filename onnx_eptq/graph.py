@@ -91,8 +91,12 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto | gs.Graph) -> gs.Grap
         model, label = onnx.ModelProto(), "The model"
         model.CopyFrom(source)
         _refuse_external(model)
-    else:
+    elif isinstance(source, str | os.PathLike):
         model, label = _read(Path(source)), f"'{os.fspath(source)}'"
+    else:
+        raise ModelError(
+            f"The model is a {type(source).__name__}; give the path of an .onnx file, an onnx.ModelProto or a graphsurgeon Graph."
+        )
     _check(model, label)
     return _import(model)
 

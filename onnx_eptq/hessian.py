@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from onnx_eptq import pieces
@@ -48,8 +49,12 @@ def _head_scales(run: pieces.Function, targets: Sequence[str], samples: Sequence
 
 
 def _together(outputs: Sequence[Tensor], scales: Sequence[float], samples: int) -> Tensor:
-    """All targets as one tensor [samples, d]."""
-    return torch.cat([z.reshape(samples, -1) * scale for z, scale in zip(outputs, scales, strict=True)], 1)
+    """All targets as one tensor [samples, d]; what holds no rows of samples (a mean over all, a constant) is in the first."""
+    rows = (
+        z.reshape(samples, -1) if z.numel() % samples == 0 else F.pad(z.reshape(1, -1), (0, 0, 0, samples - 1))
+        for z in outputs
+    )
+    return torch.cat([row * scale for row, scale in zip(rows, scales, strict=True)], 1)
 
 
 def directions(d: int, samples: int, probes: int, exact: bool, generator: torch.Generator) -> Iterator[Tensor]:

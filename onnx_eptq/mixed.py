@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -148,6 +149,9 @@ class Mixed:
         Raises:
             UsageError: nothing is within them.
         """
+        for name, amount in budgets.items():
+            if amount is not None and not (isinstance(amount, int | float) and 0 < amount < math.inf):
+                raise UsageError(f"the budget {name} is a number above 0, not {amount!r}")
         limits = self.limits(**budgets)
         return self._chosen(self.program.solve(limits), limits)
 

@@ -91,6 +91,8 @@ class Job:
 
 
 @threads.restored()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def quantize(
     model: Model,
     data: Any,
@@ -122,6 +124,8 @@ def quantize(
     """
     phases = phases or Phases()
     job = begin(model, data, output, config=config, plan=plan, strict=strict, phases=phases, **settings)
+    if resume and job.config.method == "rtn":
+        raise UsageError("--resume goes on with learning, and --method rtn learns nothing; leave one of them out")
     stats = None
     if job.groups:
         mixed, stats = explored(job, phases)
@@ -132,7 +136,7 @@ def quantize(
     if job.config.method != "rtn":
         learned(job, ready, saved, resume, phases)
     written = finish(job, ready.student, output, phases)
-    if saved is not None:
+    if saved is not None and job.config.method != "rtn":
         saved.unlink(missing_ok=True)
     job.report.seconds = phases.seconds
     return Result(written, job.plan, job.report)
@@ -191,8 +195,10 @@ def begin(
     report.preparation = {name: count for name, count in changes.items() if count}
     report.float_bytes = graphs.file_bytes(source) if isinstance(source, Path) else source.ByteSize()
     job = Job(graph, source, plan, linear_layers(graph), target, batches, config, report, groups)
-    report.threads = config.threads or worthwhile_threads(job)
+    work = measured_work(job)
+    report.threads = min(config.threads, os.cpu_count() or 1) or threads.worthwhile(work)
     torch.set_num_threads(report.threads)
+    check_sizes(job)
     describe_plan(job)
     describe_data(job)
     if groups:
@@ -214,6 +220,10 @@ def check_budgets(config: Config, plan: Plan | None, explore: bool) -> bool:
     if plan is not None and (config.budgets or choices):
         raise UsageError(
             "the plan that is given says every width already; leave out the budgets and the widths to choose from"
+        )
+    if plan is not None and (config.bits or config.keep_float):
+        raise UsageError(
+            "the plan that is given says what is quantized at which width; edit it instead of giving --bits or --keep-float"
         )
     if choices and not config.budgets and not explore:
         raise UsageError(
@@ -377,12 +387,40 @@ def measuring_runs(job: Job) -> int:
     return 2 * hessian.PROBES + 4 * max(len(group.widths) for group in job.groups)  # gradients, and rounding
 
 
-def worthwhile_threads(job: Job) -> int:
-    """CPU threads that pay off for the model's work on the batches that most time is spent with."""
+def measured_work(job: Job) -> float:
+    """Multiplications of a node, on average, on the batches that most time is spent with.
+
+    Raises:
+        DataError: The model cannot compute the first samples.
+    """
     teacher, batch = mirror.build(job.graph).to(job.config.device), next(iter(job.batches))
-    counts = resources.elements(teacher, calibrate.feed(teacher, batch))
+    try:
+        counts = resources.elements(teacher, calibrate.feed(teacher, batch))
+    except (RuntimeError, IndexError, ValueError):
+        problem = verify.complaint(job.source, batch)
+        if problem is None:
+            raise
+        shapes = ", ".join(f"{name} {'x'.join(map(str, array.shape))}" for name, array in batch.items())
+        raise DataError(
+            f"the model cannot compute the first samples ({shapes}): {problem}; check their sizes (--resize, --crop) and values"
+        ) from None
     size = sized_effort(job).batch if METHODS[job.config.method].stages else job.batches.batch_size
-    return threads.worthwhile(size * resources.all_macs(job.graph, counts) / len(job.graph.nodes))
+    return size * resources.all_macs(job.graph, counts) / len(job.graph.nodes)
+
+
+def check_sizes(job: Job) -> None:
+    """Raise DataError where samples of several sizes, which a model with open dimensions takes, would have to run together."""
+    together = METHODS[job.config.method].stages or job.groups or "hmse" in (
+        job.config.calibration, job.config.weight_calibration
+    )  # fmt: skip
+    if together and any(None in spec.shape[1:] for spec in input_specs(job.graph)):
+        sizes = {tuple(array.shape for array in sample.values()) for sample in job.batches.samples()}
+        if len(sizes) > 1:
+            some = " and ".join("x".join(map(str, shapes[0])) for shapes in sorted(sizes)[:2])
+            raise DataError(
+                f"the samples have {len(sizes)} sizes ({some}, for example), which only --method rtn with --calibration mse "
+                "and no budget takes; bring them to one: --resize HxW or --crop for images"
+            )
 
 
 def estimate(job: Job) -> dict[str, float]:
@@ -634,6 +672,8 @@ def source_bytes(job: Job) -> bytes:
 
 
 @threads.restored()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def explore(
     model: Model, data: Any, *, config: Config | None = None, phases: Phases | None = None, **settings: Any
 ) -> Mixed:

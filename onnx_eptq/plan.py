@@ -37,6 +37,7 @@ class QuantPoint:
     (a MaxPool or Reshape of it), so that quantizing changes nothing; `scale_from` (biases) the activation and the weight
     whose scales' product is its scale; `limits` the bounds that the producing operator guarantees (None: unbounded).
     `whole_range` says that no element may saturate: the largest ones decide (network outputs, inputs of a Softmax).
+    `reach` is a number that an 8-bit grid covers even if no element is that large (`_reach`).
     """
 
     value: str
@@ -47,6 +48,7 @@ class QuantPoint:
     limits: Limits = (None, None)
     whole_range: bool = False
     moved: bool = False
+    reach: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, defaults left out."""
@@ -60,6 +62,8 @@ class QuantPoint:
         row |= {key: value for key, value in optional.items() if value is not None}
         if self.limits != (None, None):
             row["limits"] = list(self.limits)
+        if self.reach:
+            row["reach"] = self.reach
         row |= {flag: True for flag in ("whole_range", "moved") if getattr(self, flag)}
         return row
 
@@ -77,6 +81,7 @@ class QuantPoint:
             limits=(low, high),
             whole_range=bool(row.get("whole_range", False)),
             moved=bool(row.get("moved", False)),
+            reach=float(row.get("reach", 0.0)),
         )
 
 
@@ -484,7 +489,12 @@ class _Planner:
             shares = producer is not None and op_of(producer).decides and op_of(producer).bounds == (0.0, 1.0)
             whole = whole or (shares and bits >= EDGE_BITS)
             point = QuantPoint(
-                tensor.name, Grid(bits, False), "activation", limits=_limits(producer), whole_range=whole
+                tensor.name,
+                Grid(bits, False),
+                "activation",
+                limits=_limits(producer),
+                whole_range=whole,
+                reach=_reach(producer),
             )
         self.plan[tensor.name] = point
 
@@ -517,6 +527,7 @@ class _Planner:
                 None if None in highs or not whole else max(highs),
             ),
             whole_range=any(member.whole_range for member in members),
+            reach=max(member.reach for member in members),
         )
         for name, point in list(self.plan.items()):
             if name in (*group[1:], output.name) or point.tied_to in group[1:]:
@@ -609,6 +620,19 @@ def _limits(producer: gs.Node | None) -> Limits:
     return tuple(None if math.isinf(bound) else float(bound) for bound in bounds)  # type: ignore[return-value]
 
 
+def _reach(producer: gs.Node | None) -> float:
+    """What the grid of a Softmax's output must cover: twice the share that each of its elements has on average.
+
+    ONNX Runtime's QLinearSoftmax counts in 32 bits; with steps below 1 / (148 elements) it wraps around (1.31). Where their
+    number is open, nothing: that largest shares are so small is rare, and a grid up to 1 would be coarse for many.
+    """
+    if producer is None or not is_op(producer, "Softmax"):
+        return 0.0
+    shape = producer.outputs[0].shape
+    size = shape[int(producer.attrs.get("axis", -1))] if shape else None
+    return min(1.0, 2 / size) if isinstance(size, int) and size > 0 else 0.0
+
+
 def _constant_scalar(tensor: gs.Tensor | None) -> float | None:
     if tensor is None or not is_constant(tensor):
         return None
@@ -699,7 +723,7 @@ def check_plan(graph: gs.Graph, target: Target, plan: Plan) -> None:
         elif (point.role == "activation") == is_constant(tensors[value]):
             problem = f"is {'a' if point.role == 'activation' else 'no'} constant, so it cannot be a {point.role}"
         elif point.grid.signed != (point.role in ("weight", "bias")):
-            problem = f"cannot be {'signed' if point.grid.signed else 'unsigned'}, as it is a {point.role}"
+            problem = f"cannot be {'signed' if point.grid.signed else 'unsigned'}, as it has the role '{point.role}'"
         elif point.grid.axis not in (None, axis):
             problem = f"has one scale per slice of axis {point.grid.axis}, but its axis can only be {axis}"
         elif (point.scale_from is None) == (point.role == "bias"):
@@ -718,6 +742,13 @@ def check_plan(graph: gs.Graph, target: Target, plan: Plan) -> None:
             problem = "is moved, but tied to nothing"
         if problem:
             raise UsageError(f"the plan does not fit the model: '{value}' {problem}")
+    for layer in layers.values():
+        quantized = layer.weight.name in plan and layer.source.name in plan
+        if quantized and layer.bias is not None and layer.bias.name not in plan:
+            raise UsageError(
+                f"the plan does not fit the model: '{layer.bias.name}' is the bias of '{layer.node.name}', whose weight and "
+                f"input are quantized; it must be in the plan too, or '{layer.weight.name}' must leave it"
+            )
 
 
 def walk(graph: gs.Graph, plan: Mapping[str, QuantPoint]) -> Iterator[gs.Node | QuantPoint]:

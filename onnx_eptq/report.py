@@ -157,7 +157,10 @@ class Report:
             spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
             yield f"time       {spent} ({self.threads} thread{'s' if self.threads > 1 else ''})"
         if self.bytes:
-            yield f"size       {self.float_bytes:,} -> {self.bytes:,} bytes ({self.float_bytes / self.bytes:.1f} x smaller)"
+            ratio, word = self.float_bytes / self.bytes, "smaller"
+            if ratio < 1:
+                ratio, word = 1 / ratio, "larger"
+            yield f"size       {self.float_bytes:,} -> {self.bytes:,} bytes ({ratio:.1f} x {word})"
         yield from self._verified()
         if self.output:
             yield f"written    {self.output}"
@@ -210,7 +213,7 @@ class Report:
                 share, decibel = fidelity.agreement.get(name), fidelity.sqnr_db.get(name)
                 agree = f", argmax agrees in {share} %" if share is not None else ""
                 found = f"equal in {share} %" if decibel is None else f"SQNR {decibel} dB{agree}"
-                yield f"fidelity   {name}: {found} ({fidelity.samples} samples)"
+                yield f"fidelity   {name}: {found} ({fidelity.samples} calibration samples)"
 
 
 def spell_widths(widths: Mapping[str, int]) -> str:

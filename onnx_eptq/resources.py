@@ -243,7 +243,8 @@ def macs(node: gs.Node, layer: Layer | None, counts: Mapping[str, tuple[float, i
     ):  # each input element meets one (ConvTranspose)
         return counts.get(layer.source.name, (0.0, 0))[0] * _count(layer.weight) / int(layer.weight.shape[0])
     if layer is not None:
-        return out * int(layer.weight.shape[-1 if layer.node.inputs[0] is layer.weight else -2])
+        shape = layer.weight.shape
+        return out * int(shape[-1] if layer.node.inputs[0] is layer.weight or len(shape) == 1 else shape[-2])
     left = node.inputs[0]
     shared = left.shape[-2 if node.attrs.get("transA", 0) else -1] if left.shape else None
     return out * shared if isinstance(shared, int) else 0.0
@@ -333,6 +334,8 @@ def read_costs(path: str | Path) -> tuple[str, list[CostRow]]:
             rows.append(
                 CostRow(**{**row, "cost": float(row["cost"]), "shape": None if shape is None else tuple(shape)})
             )
+            if not 0 <= rows[-1].cost < math.inf:
+                raise ValueError(f"a cost is {row['cost']}, which is no amount")
         return str(data.get("unit", "")), rows
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the cost table {path}: {error}") from None

@@ -259,9 +259,19 @@ def _check_float(
     probe.run(*feed(student, batch))
 
 
+def complaint(model: Source, batch: Batch) -> str | None:
+    """Why ONNX Runtime cannot run a model on a batch, in one line; None where it can."""
+    try:
+        run(session(model, "basic"), batch)
+    except Exception as error:  # what the runtime raises has no common class
+        return str(error).strip().splitlines()[-1]
+    return None
+
+
 def both_ruled_out(expected: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Where both hold the huge negative numbers of a mask."""
-    result: np.ndarray[Any, Any] = ruled_out(expected) & (found <= 0.5 * expected)
+    """Where both hold the huge negative numbers of a mask; nowhere in an output that holds nothing else."""
+    out = ruled_out(expected)
+    result: np.ndarray[Any, Any] = out & (found <= 0.5 * expected) & (not out.all())
     return result
 
 
@@ -486,6 +496,7 @@ def measure_fidelity(
                 agree[name] += int(same.sum())
                 total[name] += same.size
     agreement = {name: round(100 * agree[name] / total[name], 2) for name in total if total[name]}
+    agreement |= dict.fromkeys(noise.silent(), 100.0)
     sources = {name: list(values) for name, values in selected.items()}
     return Fidelity(samples, noise.decibels(), agreement, sources)
 
@@ -516,8 +527,13 @@ class _Noise:
             self.noise[name] = self.noise.get(name, 0.0) + float((error**2).sum())
 
     def decibels(self) -> dict[str, float]:
-        """Signal-to-noise ratio per output in dB; 0 for outputs that are all zero."""
+        """Signal-to-noise ratio per output in dB: 0 where only the other one is not all zero, none where both are."""
         return {
             name: round(float(10 * np.log10(max(signal / max(self.noise[name], 1e-30), 1e-30))), 2) if signal else 0.0
             for name, signal in self.signal.items()
+            if signal or self.noise[name]
         }
+
+    def silent(self) -> list[str]:
+        """Outputs that are all zero on both sides."""
+        return [name for name, signal in self.signal.items() if not signal and not self.noise[name]]

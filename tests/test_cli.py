@@ -176,3 +176,98 @@ def test_one_sentence_and_an_exit_code_per_mistake(tmp_path: Path, make: object,
 def test_read_only_folder_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     assert cli(DIGITS, CALIB, "-o", tmp_path / "q.onnx").returncode == 5
+
+
+QUICK = ("--method", "rtn", "--num-samples", 16, "--threads", 1)
+
+
+def test_a_plan_says_the_widths_alone(tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "q.onnx"
+    assert cli(DIGITS, CALIB, "-o", out, "-w", 4, "--plan-out", plan, *QUICK).returncode == 0
+    for wrong in (("-w", 8), ("-a", 4), ("--bits", "stem*=8"), ("--keep-float", "Conv")):
+        run = cli(DIGITS, CALIB, "-o", out, "--plan-in", plan, *wrong, *QUICK)
+        assert run.returncode == 2
+        assert "edit it instead" in run.stderr
+    (tmp_path / "net.onnx").write_bytes(DIGITS.read_bytes())
+    run = cli("net.onnx", CALIB, "--plan-in", plan, *QUICK, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "net_quantized.onnx").exists()
+
+
+def test_a_plan_without_a_bias_is_refused(tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "q.onnx"
+    assert cli(DIGITS, CALIB, "-o", out, "--dry-run", "--plan-out", plan, *QUICK).returncode == 0
+    edited = json.loads(plan.read_text())
+    bias = next(row for row in edited["points"] if row["role"] == "bias")
+    edited["points"].remove(bias)
+    plan.write_text(json.dumps(edited))
+    run = cli(DIGITS, CALIB, "-o", out, "--plan-in", plan, *QUICK)
+    assert run.returncode == 2
+    assert f"'{bias['value']}' is the bias of" in run.stderr
+    assert not out.exists()
+
+
+def test_widths_win_over_those_of_a_config_with_a_budget(tmp_path: Path) -> None:
+    config, out = tmp_path / "run.yaml", tmp_path / "q.onnx"
+    config.write_text("compression: 3\nweight_choices: [2, 4]\n")
+    run = cli(DIGITS, CALIB, "-o", out, "--config", config, "-w", 8, *QUICK)
+    assert run.returncode == 0, run.stderr
+    assert "14 x 8 bit" in run.stdout
+
+
+def test_random_calibration_can_come_from_a_config(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    first = cli(DIGITS, "-o", tmp_path / "a.onnx", "--random-calibration", "--save-config", config, *QUICK)
+    second = cli(DIGITS, "-o", tmp_path / "b.onnx", "--config", config)
+    assert first.returncode == second.returncode == 0, second.stderr
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_sensitivity_heeds_the_default_width_too(tmp_path: Path) -> None:
+    run = cli(
+        "sensitivity", DIGITS, CALIB, "-w", 8, "--points", 2, "--sensitivity-cache", tmp_path, "--num-samples", 16
+    )
+    assert run.returncode == 0, run.stderr
+    assert "8 bit" in run.stdout
+    assert "4 bit" not in run.stdout
+
+
+def test_rounding_leaves_the_checkpoint_of_learning_alone(tmp_path: Path) -> None:
+    out, checkpoint = tmp_path / "q.onnx", tmp_path / "q.onnx.checkpoint"
+    checkpoint.write_bytes(b"of another run")
+    run = cli(DIGITS, CALIB, "-o", out, "--resume", *QUICK)
+    assert run.returncode == 2
+    assert "--method rtn learns nothing" in run.stderr
+    assert cli(DIGITS, CALIB, "-o", out, *QUICK).returncode == 0
+    assert checkpoint.read_bytes() == b"of another run"
+
+
+def test_what_cannot_be_written_is_said_first(tmp_path: Path) -> None:
+    run = cli(DIGITS, CALIB, "-o", tmp_path / "q.onnx", "--plan-out", tmp_path, *QUICK)
+    assert run.returncode == 2
+    assert "it is a folder" in run.stderr
+    assert not (tmp_path / "q.onnx").exists()
+
+
+@pytest.mark.parametrize("wrong", ["²", "٤", "4,²"])
+def test_digits_are_ascii(wrong: str) -> None:
+    run = cli(DIGITS, CALIB, "-w", wrong)
+    assert run.returncode == 2
+    assert "takes a number of bits" in run.stderr
+
+
+@pytest.mark.parametrize("cost", ["NaN", "-1", "Infinity"])
+def test_costs_are_amounts(tmp_path: Path, cost: str) -> None:
+    table = tmp_path / "costs.json"
+    table.write_text('{"rows": [{"op": "Conv", "weight_bits": 4, "act_bits": 8, "cost": ' + cost + "}]}")
+    run = cli(DIGITS, CALIB, "--cost-table", table, "--max-cost", 5, *QUICK)
+    assert run.returncode == 2
+    assert "which is no amount" in run.stderr
+
+
+def test_a_config_with_numbers_for_names(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("1: 2\n")
+    run = cli(DIGITS, CALIB, "--config", config)
+    assert run.returncode == 2
+    assert "there is no setting '1'" in run.stderr

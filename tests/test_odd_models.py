@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.reference
+import onnxruntime as ort
 import pytest
+import torch
 
 import onnx_eptq
 from models import f32, heed_sigint, i64, parse, weights
@@ -69,6 +71,13 @@ MODELS = {
         u=W(6, 2),
     ),
 }
+
+
+def outputs_of(model: onnx.ModelProto, data: dict[str, np.ndarray]) -> np.ndarray:
+    """The first output, by ONNX Runtime at full optimisation."""
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found: np.ndarray = session.run(None, data)[0]
+    return found
 
 
 def samples(model: onnx.ModelProto, count: int = 32) -> dict[str, np.ndarray]:
@@ -232,9 +241,9 @@ def test_models_without_a_batch_axis(name: str, options: dict[str, Any]) -> None
 
 
 def test_what_an_old_opset_lacks_is_said_before_any_data_is_read() -> None:
-    text = "(float[N,4,5] x) => (float[N,4,5] y) { h = MatMul(x, w) y = GroupNormalization <num_groups=2> (h, g, g) }"
-    with pytest.raises(ModelError, match=r"no form in opset 13: .*GroupNormalization"):
-        quantize(parse(text, w=W(5, 5), g=W(4)), Path("nowhere"), opset=13, weight_bits=8)
+    text = "(float[N,1,5,5] x, float[N,3,3,2] g) => (float[N,1,3,3] y) { h = MatMul(x, w) y = GridSample(h, g) }"
+    with pytest.raises(ModelError, match=r"no form in opset 13: .*GridSample"):
+        quantize(parse(text, w=W(5, 5)), Path("nowhere"), opset=13, weight_bits=8)
 
 
 def test_layers_that_lie_in_a_branch_alone_are_named() -> None:
@@ -295,3 +304,108 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     assert "interrupted; no model was written" in text
     assert "Traceback" not in text
     assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "x.npy"}
+
+
+@pytest.mark.parametrize("method", ["rtn", "eptq", "eptq-v1"])
+@pytest.mark.parametrize("budget", [{}, {"compression": 6.0}])
+def test_outputs_that_hold_no_rows_of_samples(method: str, budget: dict[str, float]) -> None:
+    """A constant and a mean over all samples beside the scores: gradients are taken of them as they are."""
+    text = """(float[N,6] x) => (float[N,3] y, float s, float[1,2] k) {
+      y = MatMul(x, w)
+      s = ReduceMean <keepdims = 0> (y)
+      k = Identity(c)
+    }"""
+    bits = {} if budget else {"weight_bits": 4}
+    model = parse(text, w=W(6, 3), c=W(1, 2))
+    report = quantize(model, samples(model), method=method, steps=4, threads=1, **bits, **budget).report
+    assert report.fidelity.sqnr_db["y"] > 15
+
+
+def test_a_bias_per_element_is_added() -> None:
+    text = "(float[4,6] x) => (float[6,5] y) { y = Gemm <alpha = 0.5, beta = 2.0, transA = 1> (x, w, b) }"
+    model = parse(text, w=W(4, 5), b=W(6, 5))
+    data = [{"x": W(4, 6) * (1 + i)} for i in range(8)]
+    assert quantize(model, data, weight_bits=8, method="eptq", steps=4, threads=1).report.fidelity.sqnr_db["y"] > 30
+
+
+def test_a_product_with_a_vector() -> None:
+    model = parse("(float[N,4] x) => (float[N] y) { y = MatMul(x, w) }", w=W(4))
+    assert quantize(model, samples(model), weight_bits=8, method="rtn").report.fidelity.sqnr_db["y"] > 30
+
+
+def test_an_output_of_large_negative_numbers_is_no_mask() -> None:
+    model = parse(
+        "(float[N,8] x) => (float[N,4] y) { y = Gemm(x, w, b) }",
+        w=W(8, 4) * 1000,
+        b=np.full(4, -20000, np.float32),
+    )
+    data = samples(model)
+    result = quantize(model, data, weight_bits=2, method="rtn", threads=1)
+    outputs = [outputs_of(each, data).astype(np.float64) for each in (model, result.model)]
+    own = 10 * np.log10((outputs[0] ** 2).sum() / ((outputs[0] - outputs[1]) ** 2).sum())
+    assert result.report.fidelity.sqnr_db["y"] == pytest.approx(own, abs=0.1)
+    assert own > 15
+
+
+def test_an_output_of_zeros_is_equal_not_lost() -> None:
+    model = parse(
+        "(float[N,8] x) => (float[N,4] y) { h = MatMul(x, w) y = MatMul(h, z) }",
+        w=W(8, 4),
+        z=np.zeros((4, 4), np.float32),
+    )
+    report = quantize(model, samples(model), weight_bits=8, method="rtn", threads=1).report
+    assert report.fidelity.sqnr_db == {}
+    assert report.fidelity.agreement == {"y": 100.0}
+    assert not [text for text in report.warnings if "dB" in text]
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_nearly_even_shares_survive_the_integer_softmax(classes: int) -> None:
+    """On a grid as fine as their range ONNX Runtime's kernel would wrap around."""
+    model = parse(
+        f"(float[N,6] x) => (float[N,{classes}] y) {{ h = MatMul(x, w) y = Softmax <axis = 1> (h) }}",
+        w=W(6, classes) * np.float32(0.05),
+    )
+    data = samples(model)
+    for settings in ({"method": "rtn"}, {"method": "eptq", "steps": 8}):
+        result = quantize(model, data, weight_bits=8, threads=1, **settings)
+        expected, found = (outputs_of(each, data) for each in (model, result.model))
+        assert np.abs(expected - found).max() < 0.02
+        assert result.report.fidelity.sqnr_db["y"] > 30
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_learning_within_a_block_without_gradients(mode: Any) -> None:
+    model = parse("(float[N,6] x) => (float[N,3] y) { y = MatMul(x, w) }", w=W(6, 3))
+    with mode():
+        assert (
+            quantize(model, samples(model), weight_bits=4, method="eptq", steps=4, threads=1).report.learning.steps == 4
+        )
+
+
+def test_samples_of_several_sizes_are_refused_where_they_run_together() -> None:
+    model = parse("(float[N,3,H,W] x) => (float[N,4,H,W] y) { y = Conv(x, w) }", w=W(4, 3, 1, 1))
+    rng = np.random.default_rng(0)
+    data = [{"x": rng.standard_normal((1, 3, size, 8), dtype=np.float32)} for size in (8, 9, 10)]
+    with pytest.raises(DataError, match=r"3 sizes .*--resize"):
+        quantize(model, data, weight_bits=4, method="eptq", threads=1)
+    report = quantize(model, data, weight_bits=8, method="rtn", calibration="mse", threads=1).report
+    assert report.fidelity.sqnr_db["y"] > 25
+
+
+def test_samples_that_the_model_cannot_compute_are_named() -> None:
+    text = """(float[N,1,H,W] x) => (float[N,1,H,W] y) {
+      a = Conv(x, w)
+      p = MaxPool <kernel_shape = [2,2], strides = [2,2]> (a)
+      u = Resize <mode = "nearest"> (p, , two)
+      y = Add(a, u)
+    }"""
+    model = parse(text, w=W(1, 1, 1, 1), two=np.float32([1, 1, 2, 2]))
+    with pytest.raises(DataError, match=r"cannot compute the first samples \(x 8x1x9x9\)"):
+        quantize(model, {"x": np.ones((8, 1, 9, 9), np.float32)}, weight_bits=8, method="rtn", threads=1)
+
+
+@pytest.mark.parametrize("source", [None, b"onnx", 3])
+def test_what_is_no_model_is_refused(source: Any) -> None:
+    with pytest.raises(ModelError, match="give the path of an"):
+        quantize(source, {"x": np.ones((2, 2), np.float32)})

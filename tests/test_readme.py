@@ -103,5 +103,7 @@ def test_options_presets_storage_and_targets_exist() -> None:
 
 
 def test_every_module_is_on_the_map() -> None:
-    modules = {path.stem for path in (ROOT / "onnx_eptq").glob("*.py")} - {"__init__"}
+    folder = ROOT / "onnx_eptq"
+    modules = {path.stem for path in (*folder.glob("*.py"), *(init.parent for init in folder.glob("*/__init__.py")))}
+    modules -= {"__init__"}
     assert not [name for name in modules if f"`{name}`" not in TEXT]

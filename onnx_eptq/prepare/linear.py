@@ -1,5 +1,6 @@
 """Passes: padding, pooling, Gemm, and the scales, shifts and masks around linear operators."""
 
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from onnx_eptq.prepare.edit import (
     same_dims,
     set_constant,
     shape_of,
+    shorten,
 )
 
 LOG = logging.getLogger(__name__)
@@ -261,15 +263,15 @@ def _row(bias: Array, channels: int) -> Array | None:
 
 
 def normalize_gemm(graph: gs.Graph) -> int:
-    """Bring Gemm with a constant weight to alpha = beta = 1, transB = 1, weight [out, in] and bias [out]."""
+    """Bring Gemm with a constant weight to alpha = beta = 1, transB = 1, weight [out, in] and bias [out], else an Add."""
     weights: dict[Any, tuple[gs.Constant, gs.Constant]] = {}
     changes = 0
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         if is_op(node, "Gemm") and const_at(node, 1) is not None:
             before = dict(node.attrs), list(node.inputs)
             _normalize_weight(graph, node, weights)
             _normalize_bias(graph, node)
-            changed = any(a is not b for a, b in zip(before[1], node.inputs, strict=True))
+            changed = any(a is not b for a, b in itertools.zip_longest(before[1], node.inputs))
             changes += changed or before[0] != node.attrs
     return changes
 
@@ -297,8 +299,21 @@ def _normalize_bias(graph: gs.Graph, node: gs.Node) -> None:
     if bias is not None and row is not None:
         if beta != 1 or bias.shape != row.shape:
             node.inputs[2] = new_constant(graph, node.inputs[2].name, (row * beta).astype(bias.dtype))
+    elif bias is not None:  # a number per element
+        shorten(node.inputs, 2)
+        _add_behind(graph, node, (bias * beta).astype(bias.dtype), "bias")
     elif beta != 1 and input_at(node, 2) is not None:
         node.attrs["beta"] = beta
+
+
+def _add_behind(graph: gs.Graph, node: gs.Node, values: Array, name: str) -> None:
+    """Let an Add of these values come between a node and what it makes."""
+    total = node.outputs[0]
+    part = gs.Variable(fresh_name(graph, f"{total.name}_without_{name}"), total.dtype, total.shape)
+    node.outputs.clear()
+    node.outputs.append(part)
+    operand = new_constant(graph, f"{total.name}_{name}", values)
+    graph.nodes.append(gs.Node("Add", fresh_name(graph, f"{node.name}_{name}"), {}, [part, operand], [total]))
 
 
 def _affine(node: gs.Node, axis: int, rank: int, channels: int) -> tuple[gs.Tensor, Array, Array] | None:
@@ -493,13 +508,8 @@ def split_masks(graph: gs.Graph) -> int:
         out = ruled_out(bias)
         mask = np.where(out, bias, 0).astype(bias.dtype)
         set_constant(graph, node, 2, np.where(out, 0, bias))
-        masked = node.outputs[0]
-        scores = gs.Variable(fresh_name(graph, f"{masked.name}_unmasked"), masked.dtype, masked.shape)
-        node.outputs.clear()
-        node.outputs.append(scores)
         spread = () if node.op == "Gemm" else (1,) * (len(node.inputs[1].shape) - 2)
-        operand = new_constant(graph, f"{masked.name}_mask", mask.reshape(-1, *spread))
-        graph.nodes.append(gs.Node("Add", fresh_name(graph, f"{node.name}_mask"), {}, [scores, operand], [masked]))
+        _add_behind(graph, node, mask.reshape(-1, *spread), "mask")
         changes += 1
     return changes
 
