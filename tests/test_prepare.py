@@ -336,7 +336,7 @@ for bias in (rand(3), rand(1, 3), one(0.5), one([2])):
 example("fuse_gemm", GEMM + "{ a = MatMul(x, w)\n y = Add(b, a) }", "Gemm", w=rand(4, 3), b=rand(3))
 example("normalize_gemm", GEMM + "{ y = Gemm<transB = 1, alpha = 2.0>(x, w) }", "Gemm", w=rand(3, 4))
 example("normalize_gemm", "(float[4,N] x) => (float[N,3] y) { y = Gemm<transA = 1>(x, w) }", "Gemm", w=rand(4, 3))
-example("normalize_gemm", "(float[2,4] x) => (float[2,3] y) { y = Gemm<beta = 2.0>(x, w, b) }", "Gemm",
+example("normalize_gemm", "(float[2,4] x) => (float[2,3] y) { y = Gemm<beta = 2.0>(x, w, b) }", "Gemm Add",
         w=rand(4, 3), b=rand(2, 1))  # fmt: skip
 
 NORM = "BatchNormalization<epsilon = 0.001>(a, gamma, beta, mean, var)"
