@@ -333,6 +333,20 @@ FAULTS = (
         ("checkpoint",),
     ),
     Fault(
+        "steps of a Softmax's output too fine for the integer kernel",
+        "plan.py",
+        "return min(1.0, 2 / size) if isinstance(size, int)",
+        "return 0.0 if isinstance(size, int)",
+        ("odd_models",),
+    ),
+    Fault(
+        "outputs without rows of samples fill no row",
+        "hessian.py",
+        "F.pad(z.reshape(1, -1), (0, 0, 0, samples - 1))",
+        "z.reshape(samples, -1)",
+        ("odd_models",),
+    ),
+    Fault(
         "a mask in a bias stays there",
         "prepare/linear.py",
         "bias is None or bias.ndim != 1 or not node.outputs",
