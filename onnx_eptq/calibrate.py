@@ -403,14 +403,9 @@ def calibrate(
                 histogram.update(torch.tensor([0.0, 255.0]))
             chosen = CALIBRATORS["minmax" if point.whole_range else method]
             qparams[value] = chosen(histogram, point.grid, point.limits, (seen or {}).get(value, torch.clone))
-            if float(qparams[value].scale) < least_scale(point):
+            if float(qparams[value].scale) < point.least_scale:
                 qparams[value] = affine_qparams(min(histogram.min, 0.0), point.reach, point.grid)
     return qparams
-
-
-def least_scale(point: QuantPoint) -> float:
-    """The smallest step that a grid may have to reach as far as it must; 0 for most, and for all of less than 8 bits."""
-    return point.reach / (point.grid.qmax - point.grid.qmin) if point.grid.bits >= 8 else 0.0
 
 
 def _candidates(method: str, point: QuantPoint) -> list[WeightCalibrator]:

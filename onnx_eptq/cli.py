@@ -206,10 +206,10 @@ def quantize(
     _log(verbose, quiet)
     given = _given(locals())
     for path in (plan_out, save_config):
-        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise UsageError(
-                f"cannot write {path}: " + ("it is a folder" if path.is_dir() else "its folder does not exist")
-            )
+        if path and path.is_dir():
+            raise UsageError(f"cannot write {path}: it is a folder")
+        if path and not path.absolute().parent.is_dir():
+            raise UsageError(f"cannot write {path}: its folder does not exist")
     try:
         flags = _Flags(dry_run, strict, resume, as_json, quiet)
         _run(model, data, output, given, (plan_in, plan_out), config, save_config, flags)

@@ -404,9 +404,9 @@ class Cache:
 
     def of(self, names: tuple[str, ...], count: int, compute: Callable[[], list[Tensor] | None]) -> list[Tensor] | None:
         """What is kept of `count` samples under these names, or else what `compute` returns."""
-        if names != self.names and self.visits >= 2 * count:
+        if names != self.names:
             self.values = None  # before the others need their place
-            self.names, self.values = names, compute()
+            self.names, self.values = names, compute() if self.visits >= 2 * count else None
         return self.values
 
 

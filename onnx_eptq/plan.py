@@ -50,6 +50,11 @@ class QuantPoint:
     moved: bool = False
     reach: float = 0.0
 
+    @property
+    def least_scale(self) -> float:
+        """The smallest step with which the grid reaches as far as it must; 0 for most, and for all of less than 8 bits."""
+        return self.reach / (self.grid.qmax - self.grid.qmin) if self.grid.bits >= 8 else 0.0
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, defaults left out."""
         row: dict[str, Any] = {
@@ -494,7 +499,7 @@ class _Planner:
                 "activation",
                 limits=_limits(producer),
                 whole_range=whole,
-                reach=_reach(producer),
+                reach=_reach(producer) if producer is not None and shares else 0.0,
             )
         self.plan[tensor.name] = point
 
@@ -620,16 +625,14 @@ def _limits(producer: gs.Node | None) -> Limits:
     return tuple(None if math.isinf(bound) else float(bound) for bound in bounds)  # type: ignore[return-value]
 
 
-def _reach(producer: gs.Node | None) -> float:
+def _reach(softmax: gs.Node) -> float:
     """What the grid of a Softmax's output must cover: twice the share that each of its elements has on average.
 
     ONNX Runtime's QLinearSoftmax counts in 32 bits; with steps below 1 / (148 elements) it wraps around (1.31). Where their
     number is open, nothing: that largest shares are so small is rare, and a grid up to 1 would be coarse for many.
     """
-    if producer is None or not is_op(producer, "Softmax"):
-        return 0.0
-    shape = producer.outputs[0].shape
-    size = shape[int(producer.attrs.get("axis", -1))] if shape else None
+    shape = softmax.outputs[0].shape
+    size = shape[int(softmax.attrs.get("axis", -1))] if shape else None
     return min(1.0, 2 / size) if isinstance(size, int) and size > 0 else 0.0
 
 

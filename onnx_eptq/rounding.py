@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from onnx_eptq import grid as grids
-from onnx_eptq.calibrate import least_scale
 from onnx_eptq.grid import QParams, along
 from onnx_eptq.mirror import BiasQuantizer, Quantizer
 
@@ -67,14 +66,12 @@ class ActivationQuantizer(LearnedScale):
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__(quantizer)
         self.share, self.drop = 1.0, False
-        self.least = 0.9 * least_scale(
-            self.point
-        )  # where the grid must reach, calibration has left more room than this
 
     @property
     def scale(self) -> Tensor:
-        """The scale in use, not below the least one."""
-        return super().scale.clamp(min=self.least) if self.least else super().scale
+        """The scale in use; where the grid must reach, it never shrinks much below what calibration may choose."""
+        least = 0.9 * self.point.least_scale
+        return super().scale.clamp(min=least) if least else super().scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x on the grid, as far as `share` says."""
