@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from onnx_eptq.errors import EptqError, UsageError
 
 EXIT_CODES = """Exit codes: 0 done; 2 wrong usage; 3 the model cannot be read or quantized; 4 the calibration data does not fit;
 5 the output cannot be written; 6 the written file failed verification; 7 --strict and a layer would stay float; 130
-interrupted (no model is written; --resume goes on).
+interrupted (no model is written; --resume goes on with learning).
 
 `onnx-eptq sensitivity MODEL DATA` shows size against expected loss, to choose a budget by."""
 
@@ -185,6 +185,15 @@ def quantize(
     random_calibration: Annotated[
         bool, option(DATA, "Calibrate on random numbers: for trying things out only", "--random-calibration")
     ] = False,
+    random_shapes: Annotated[
+        list[str] | None,
+        option(
+            DATA,
+            "Size of an input's random numbers where the model leaves it open: image=1x3x224x224; may be repeated",
+            "--random-shape",
+            metavar="INPUT=DIMS",
+        ),
+    ] = None,
     dry_run: Annotated[bool, option(RUN, "Print plan, coverage and an estimate, then stop", "--dry-run")] = False,
     strict: Annotated[bool, option(RUN, "Fail when a layer with weights would stay float", "--strict")] = False,
     seed: Annotated[int | None, option(RUN, "Decides every random choice [0]")] = None,
@@ -214,7 +223,7 @@ def quantize(
         flags = _Flags(dry_run, strict, resume, as_json, quiet)
         _run(model, data, output, given, (plan_in, plan_out), config, save_config, flags)
     except KeyboardInterrupt:
-        typer.echo("interrupted; no model was written; --resume goes on with what was learned so far", err=True)
+        typer.echo("interrupted; no model was written", err=True)
         raise typer.Exit(130) from None
 
 
@@ -240,8 +249,9 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
             found[choices] = widths
         elif widths is not None:
             found[name] = widths[0]
-    if not found.get("keep_float"):
-        found.pop("keep_float", None)
+    for name in ("keep_float", "random_shapes"):
+        if not found.get(name):
+            found.pop(name, None)
     data, random = options.get("data"), options.get("random_calibration")
     if not random:
         found.pop("random_calibration", None)  # a config file may have asked for it
@@ -368,6 +378,14 @@ def _amount(name: str, text: str) -> float:
     return float(found[1]) * UNITS[found[2] or ""]
 
 
+def _shapes(_: str, texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    found = [re.fullmatch(r"(.+)=([1-9][0-9]*(?:x[1-9][0-9]*)*)", text.strip()) for text in texts]
+    if not all(found):
+        wrong = next(text for text, match in zip(texts, found, strict=True) if not match)
+        raise UsageError(f"--random-shape takes INPUT=DIMS, such as image=1x3x224x224, not {wrong!r}")
+    return {match[1]: tuple(map(int, match[2].split("x"))) for match in found if match}
+
+
 def _size(name: str, text: str) -> int:
     return int(_amount(name, text))
 
@@ -378,6 +396,7 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "mean": _numbers,
     "std": _numbers,
     "keep_float": lambda _, values: tuple(values),
+    "random_shapes": _shapes,
     "max_weight_bytes": _size,
     "max_size": _size,
     "max_activation_memory": _size,
@@ -404,8 +423,8 @@ SHARED = (  # options of `quantize` that decide what there is to choose from
     "model", "data", "weight_bits", "act_bits", "bits", "keep_float", "target", "storage", "opset", "calibration",
     "bias_correction", "compression", "max_weight_bytes", "max_size", "max_activation_memory", "max_bops", "cost_table",
     "max_cost", "sensitivity", "sensitivity_cache", "solver_seconds", "num_samples", "batch_size", "preset", "scale", "mean",
-    "std", "resize", "crop", "color", "layout", "cache_mb", "random_calibration", "seed", "threads", "device", "as_json",
-    "verbose", "quiet",
+    "std", "resize", "crop", "color", "layout", "cache_mb", "random_calibration", "random_shapes", "seed", "threads", "device",
+    "as_json", "verbose", "quiet",
 )  # fmt: skip
 
 

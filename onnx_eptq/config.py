@@ -74,6 +74,9 @@ class Config(BaseModel):
     keep_float: tuple[str, ...] = Field((), description="Layers, operators or tensors kept float, by name pattern")
     num_samples: int | None = Field(None, ge=1, description="Calibration samples to use; all by default")
     random_calibration: bool = Field(False, description="Calibrate on random numbers when no data is given")
+    random_shapes: dict[str, tuple[int, ...]] = Field(
+        default_factory=dict, description="Shapes of random inputs, by name, where the model leaves sizes open"
+    )
     batch_size: int | None = Field(None, ge=1, description="Samples per batch; by the size of a sample by default")
     preset: str = Field("unit", description="Image preprocessing by name")
     scale: float | None = Field(None, description="Factor on pixels of 0..255, before mean and std; 1/255 by default")

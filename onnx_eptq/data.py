@@ -500,6 +500,14 @@ class Batches:
         fixed = self._inputs[0].shape[0]
         return Batches(self._found, self._chosen, self._inputs, fixed or batch_size, self._whole)
 
+    def by_item(self, count: int | None = None, seed: int = 0) -> "Batches":
+        """Return the same data with every array, as it was given, for one sample that is fed whole; at most `count` of them."""
+        records = [_Record(record.name, 1, partial(_as_one, record.read)) for record in self._found.records]
+        batches = Batches(
+            self._found._replace(records=records), np.arange(len(records)), _behind_one(self._inputs), 1, True
+        )
+        return batches if count is None else batches.subset(count, seed)
+
     def samples(self) -> Iterator[Feed]:
         """Yield the samples one by one, in the inputs' dtypes, without a batch axis."""
         for index, group in itertools.groupby(self._chosen.tolist(), key=partial(bisect_right, self._ends)):
@@ -526,6 +534,10 @@ class Batches:
             _dropped(dropped, self.num_samples, self.batch_size)
 
 
+def _as_one(read: Callable[[], Feed]) -> Feed:
+    return {name: array[None] for name, array in read().items()}
+
+
 def _shapes(sample: Feed) -> list[tuple[int, ...]]:
     return [array.shape for array in sample.values()]
 
@@ -538,20 +550,24 @@ def _dropped(dropped: int, total: int, batch_size: int) -> None:
     logger.warning("dropped %d of %d samples: the model takes batches of exactly %d", dropped, total, batch_size)
 
 
-def feeds_whole(shapes: Iterable[Sequence[Any]]) -> bool:
-    """Whether inputs of these shapes have no batch axis in common, so that one sample is all that the model takes in a run."""
+def no_batch_axis(shapes: Iterable[Sequence[Any]]) -> bool:
+    """Whether inputs of these shapes have no first axis in common, which could count samples."""
     known = [tuple(shape) for shape in shapes]
     return not all(known) or len({shape[0] if isinstance(shape[0], int) else None for shape in known}) > 1
 
 
 def _whole(inputs: Sequence[InputSpec]) -> bool:
-    return feeds_whole(spec.shape for spec in inputs)
+    return no_batch_axis(spec.shape for spec in inputs)
 
 
 def _specs(inputs: Sequence[InputSpec]) -> tuple[InputSpec, ...]:
     if not inputs:
         raise DataError("the model has no inputs, so it cannot be calibrated; give a model with at least one input")
-    return tuple(replace(spec, shape=(1, *spec.shape)) for spec in inputs) if _whole(inputs) else tuple(inputs)
+    return _behind_one(inputs) if _whole(inputs) else tuple(inputs)
+
+
+def _behind_one(inputs: Sequence[InputSpec]) -> tuple[InputSpec, ...]:
+    return tuple(replace(spec, shape=(1, *spec.shape)) for spec in inputs)
 
 
 def _positive(**options: int | None) -> None:
@@ -622,12 +638,14 @@ def random_data(
 ) -> Batches:
     """Return random samples: standard normal floats, uint8 in 0..255, other integers and booleans 0 or 1.
 
-    `shapes` gives, per input with open dimensions, a whole shape whose batch dimension is not used, such as
-    `{"image": (1, 3, 224, 224)}`. Raises `DataError` for an input whose dimensions stay open.
+    `shapes` gives, per input with open dimensions, a whole shape, such as `{"image": (1, 3, 224, 224)}`; its first number is not
+    used where it counts samples. Raises `DataError` for an input whose dimensions stay open.
     """
     _positive(batch_size=batch_size, num_samples=num_samples)
     sizes = {spec.name: _closed(spec, (shapes or {}).get(spec.name, spec.shape)) for spec in inputs}
-    specs = [replace(spec, shape=(*spec.shape[:1], *sizes[spec.name][1:])) for spec in inputs]
+    whole = _whole(inputs)
+    first = {spec.name: [sizes[spec.name][0] or 1] if whole and spec.shape else spec.shape[:1] for spec in inputs}
+    specs = [replace(spec, shape=(*first[spec.name], *sizes[spec.name][1:])) for spec in inputs]
     records = [_Record(f"random {i}", 1, partial(_random, _specs(specs), seed, i)) for i in range(num_samples)]
     return _batches(_Found(records, "random samples", stream=True), specs, batch_size, None, seed)
 
@@ -637,7 +655,7 @@ def _closed(spec: InputSpec, shape: Sequence[int | None]) -> Sequence[int | None
     if not fits or None in shape[1:]:
         raise DataError(
             f"random data for input {spec.name!r} {_dims(spec.shape)} needs a size for every dimension; found "
-            f"{_dims(shape)}: give its whole shape"
+            f"{_dims(shape)}: give its whole shape (--random-shape {spec.name}=1x...)"
         )
     return shape
 

@@ -60,7 +60,10 @@ class NodeExtras:
 
 @dataclass
 class Extras:
-    """What graphsurgeon drops from a model; nodes and values by name, so it survives edits of the graph."""
+    """What graphsurgeon drops from a model; nodes and values by name, so it survives edits of the graph.
+
+    `feeds_whole`: what the model is fed is one sample as it is, although the inputs' shapes could be taken for batches.
+    """
 
     domain: str = ""
     model_version: int = 0
@@ -71,6 +74,7 @@ class Extras:
     interface: dict[str, ValueInfoProto] = field(default_factory=dict)
     values: dict[str, tuple[str, dict[str, str]]] = field(default_factory=dict)
     annotations: list[onnx.TensorAnnotation] = field(default_factory=list)
+    feeds_whole: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------- loading

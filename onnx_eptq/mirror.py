@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from onnx_eptq import graph as graphs
 from onnx_eptq import grid as grids
-from onnx_eptq.data import feeds_whole
+from onnx_eptq.data import no_batch_axis
 from onnx_eptq.grid import QParams, Quantized
 from onnx_eptq.islands import Island
 from onnx_eptq.ops import op_of
@@ -67,7 +67,7 @@ class BiasQuantizer(nn.Module):
 class Mirror(fx.GraphModule):
     """The traced module. Inputs are positional in the graph's order, outputs a tuple in the graph's order.
 
-    Where inputs have no batch axis in common (`data.feeds_whole`), each comes with an axis of size 1 in front of its own.
+    Where inputs have no batch axis in common (`feeds_whole`), each comes with an axis of size 1 in front of its own.
 
     `node.meta["value"]` names the ONNX value that an fx node holds in its final (quantized, if planned) form;
     `node.meta["onnx"]` the ONNX node it computes.
@@ -236,7 +236,7 @@ class _Builder:
         self.put(point.value, after)
 
     def build(self) -> Mirror:
-        whole = feeds_whole(tensor.shape or () for tensor in self.source.inputs)
+        whole = feeds_whole(self.source)
         for tensor in self.source.inputs:
             place = self.graph.placeholder(_identifier(tensor.name, self.taken))
             self.put(tensor.name, self.graph.call_function(_alone, (place,)) if whole else place)
@@ -255,6 +255,11 @@ class _Builder:
 
     def output(self, tensor: gs.Tensor) -> fx.Node:
         return self.constant(tensor) if isinstance(tensor, gs.Constant) else self.env[tensor.name]
+
+
+def feeds_whole(graph: gs.Graph) -> bool:
+    """Whether one sample is all that the model takes in a run: its inputs have no batch axis in common, or it is marked so."""
+    return graphs.extras(graph).feeds_whole or no_batch_axis(tensor.shape or () for tensor in graph.inputs)
 
 
 def _alone(samples: Tensor) -> Tensor:

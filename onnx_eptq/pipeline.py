@@ -25,7 +25,6 @@ from onnx_eptq import calibrate, checkpoint, compensate, eptq, hessian, mirror, 
 from onnx_eptq import data as sources
 from onnx_eptq import graph as graphs
 from onnx_eptq.config import Config
-from onnx_eptq.data import feeds_whole
 from onnx_eptq.equalize import equalize
 from onnx_eptq.errors import CoverageError, DataError, ModelError, OutputError, UsageError, VerificationError
 from onnx_eptq.methods import EFFORTS, METHODS, Effort, Method
@@ -195,6 +194,7 @@ def begin(
     report.preparation = {name: count for name, count in changes.items() if count}
     report.float_bytes = graphs.file_bytes(source) if isinstance(source, Path) else source.ByteSize()
     job = Job(graph, source, plan, linear_layers(graph), target, batches, config, report, groups)
+    check_batches(job)
     work = measured_work(job)
     report.threads = min(config.threads, os.cpu_count() or 1) or threads.worthwhile(work)
     torch.set_num_threads(report.threads)
@@ -338,8 +338,17 @@ def open_batches(graph: gs.Graph, data: Any, config: Config) -> sources.Batches:
     preset = replace(sources.PRESETS[config.preset], **{k: v for k, v in chosen.items() if v is not None})
     if data is None and not config.random_calibration:
         raise DataError("no calibration data is given; give samples, or ask for random_calibration to try things out")
+    if data is not None and config.random_shapes:
+        raise UsageError("sizes of random inputs are given beside calibration data; leave one of them out")
     if data is None:
-        batches = sources.random_data(specs, config.num_samples or 32, config.seed, batch_size=config.batch_size or 8)
+        unknown = sorted(set(config.random_shapes) - {spec.name for spec in specs})
+        if unknown:
+            names = ", ".join(spec.name for spec in specs)
+            raise UsageError(
+                f"--random-shape names '{unknown[0]}', which is no input of the model; its inputs: {names}"
+            )
+        count, size, shapes = config.num_samples or 32, config.batch_size or 8, config.random_shapes
+        batches = sources.random_data(specs, count, config.seed, batch_size=size, shapes=shapes)
     else:
         batches = sources.open_data(data, specs, preset, num_samples=config.num_samples, seed=config.seed, batch_size=1)
     if config.batch_size is None:
@@ -408,12 +417,34 @@ def measured_work(job: Job) -> float:
     return size * resources.all_macs(job.graph, counts) / len(job.graph.nodes)
 
 
+def check_batches(job: Job) -> None:
+    """Feed every array as it was given, for one sample, where the model cannot take samples together as its inputs promise."""
+    if has_fixed_batch(job):
+        return
+    some = list(itertools.islice(job.batches.with_batch_size(1), 2))
+    if len(some) < 2 or any(array.shape != some[1][name].shape for name, array in some[0].items()):
+        return
+    whole = job.batches.by_item(job.config.num_samples, job.config.seed)
+    taken = verify.takes_batches(job.source, some[0], some[1], selections(job.graph))
+    if taken is None:
+        taken = verify.complaint(job.source, next(iter(whole))) is not None
+    if not taken:
+        graphs.extras(job.graph).feeds_whole = True
+        job.batches = whole
+        names = ", ".join(f"'{tensor.name}'" for tensor in job.graph.inputs)
+        job.report.warnings.append(
+            f"axis 0 of {names} is no batch axis: what lies along it is computed otherwise together than alone, if at all; "
+            "every array is taken for one sample, as it was given"
+        )
+
+
 def check_sizes(job: Job) -> None:
     """Raise DataError where samples of several sizes, which a model with open dimensions takes, would have to run together."""
     together = METHODS[job.config.method].stages or job.groups or "hmse" in (
         job.config.calibration, job.config.weight_calibration
     )  # fmt: skip
-    if together and any(None in spec.shape[1:] for spec in input_specs(job.graph)):
+    first = 0 if mirror.feeds_whole(job.graph) else 1
+    if together and any(None in spec.shape[first:] for spec in input_specs(job.graph)):
         sizes = {tuple(array.shape for array in sample.values()) for sample in job.batches.samples()}
         if len(sizes) > 1:
             some = " and ".join("x".join(map(str, shapes[0])) for shapes in sorted(sizes)[:2])
@@ -743,8 +774,7 @@ def learning_cost(method: Method, effort: Effort) -> float:
 
 def has_fixed_batch(job: Job) -> bool:
     """Whether the model takes one number of samples at a time only."""
-    shapes = [tuple(tensor.shape or ()) for tensor in job.graph.inputs]
-    return feeds_whole(shapes) or any(isinstance(shape[0], int) for shape in shapes)
+    return mirror.feeds_whole(job.graph) or any(isinstance(tensor.shape[0], int) for tensor in job.graph.inputs)
 
 
 def learning_problem(job: Job, ready: Ready, method: Method | None = None) -> eptq.Problem:
@@ -784,8 +814,13 @@ def learned(job: Job, ready: Ready, saved: Path | None, resume: bool, phases: Ph
     each = phases.seconds["calibrate"] / job.report.samples
     seconds = learning_cost(problem.method, problem.effort) * each
     phases.note(f"learn      {learner.total} steps of {problem.effort.batch} samples, about {seconds:.0f} s")
-    for _ in phases.over("learn", learner, learner.total):
-        pass
+    try:
+        for _ in phases.over("learn", learner, learner.total):
+            pass
+    except KeyboardInterrupt:
+        if saved is not None and saved.exists():
+            phases.note("--resume goes on with what was learned so far")
+        raise
     job.report.learning = learner.learning
     if learner.learning.kept == "rtn":
         job.report.warnings.append(
@@ -811,7 +846,13 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
         with phases("compare"):
             some = job.batches.subset(FIDELITY_SAMPLES, job.config.seed)
             report.fidelity = verify.measure_fidelity(
-                job.source, staged.path, some, report.threads, selections(job.graph), class_axes(job.graph)
+                job.source,
+                staged.path,
+                some,
+                report.threads,
+                selections(job.graph),
+                class_axes(job.graph),
+                mirror.feeds_whole(job.graph),
             )
         report.warnings += low_fidelity(report.fidelity) + runtime_deviations(report.parity, report.fidelity)
         report.bytes = graphs.file_bytes(staged.path)

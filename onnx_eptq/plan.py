@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from onnx_eptq.errors import ModelError, UnsupportedOp, UsageError
 from onnx_eptq.graph import is_mask, is_op, masks_sum
@@ -72,22 +74,45 @@ class QuantPoint:
         row |= {flag: True for flag in ("whole_range", "moved") if getattr(self, flag)}
         return row
 
+
+class _Row(BaseModel):
+    """A point as JSON holds it; whether it fits a model is for `check_plan` to say."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    value: str
+    role: str
+    bits: int = Field(ge=1)
+    signed: bool
+    axis: int | None = Field(None, ge=0)
+    tied_to: str | None = None
+    scale_from: tuple[str, str] | None = None
+    limits: Limits = (None, None)
+    reach: float = Field(0.0, ge=0)
+    whole_range: bool = False
+    moved: bool = False
+
+    @field_validator("limits")
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> QuantPoint:
-        """The inverse of `to_json`; raises KeyError or TypeError on rows of another shape."""
-        low, high = row.get("limits", (None, None))
-        pair = row.get("scale_from")
-        return cls(
-            value=str(row["value"]),
-            grid=Grid(int(row["bits"]), bool(row["signed"]), row.get("axis")),
-            role=row["role"],
-            tied_to=row.get("tied_to"),
-            scale_from=(str(pair[0]), str(pair[1])) if pair else None,
-            limits=(low, high),
-            whole_range=bool(row.get("whole_range", False)),
-            moved=bool(row.get("moved", False)),
-            reach=float(row.get("reach", 0.0)),
-        )
+    def ordered(cls, limits: Limits) -> Limits:
+        low, high = limits
+        if low is not None and high is not None and low > high:
+            raise ValueError("the lower limit comes first")
+        return limits
+
+    def point(self) -> QuantPoint:
+        given = self.model_dump(exclude={"bits", "signed", "axis"})
+        return QuantPoint(grid=Grid(self.bits, self.signed, self.axis), **given)
+
+
+class _File(BaseModel):
+    """A plan as JSON holds it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: Literal[1]
+    points: list[_Row]
+    floats: dict[str, str] = {}
 
 
 class Plan(dict[str, QuantPoint]):
@@ -120,15 +145,20 @@ class Plan(dict[str, QuantPoint]):
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read a plan; raises UsageError when the text is not one."""
+        """Read a plan; raises UsageError, which names the place, when the text is not one."""
         try:
-            data = json.loads(text)
-            points = [QuantPoint.from_json(row) for row in data["points"]]
-            return cls({point.value: point for point in points}, data.get("floats", {}))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            file = _File.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+            where = f"{place}: {reason}" if place else reason
             raise UsageError(
-                f"the plan is not a JSON plan as --plan-out writes it ({error}); write a fresh one"
-            ) from error
+                f"the plan is not a JSON plan as --plan-out writes it ({where}); mend it or write a fresh one"
+            ) from None
+        twice = [value for value, count in Counter(row.value for row in file.points).items() if count > 1]
+        if twice:
+            raise UsageError(f"the plan has several points for '{twice[0]}'; leave one of them")
+        return cls({row.value: row.point() for row in file.points}, file.floats)
 
 
 @dataclass(frozen=True)

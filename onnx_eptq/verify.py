@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import onnx
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from onnx_eptq.calibrate import Batch, apply_linear, feed
-from onnx_eptq.data import feeds_whole
+from onnx_eptq.data import no_batch_axis
 from onnx_eptq.errors import VerificationError
 from onnx_eptq.graph import ruled_out
 from onnx_eptq.grid import Quantized, dequantize, quantize
@@ -35,6 +35,7 @@ LEVELS = {
 }
 MAX_SHARE = 1e-4  # of elements that may be one step off where the runtime computes in float
 FLOAT_TOLERANCE = 1e-3  # of the largest magnitude, for outputs that no quantizer follows
+MIXED = 1e-3  # of the largest magnitude: by more than that no float rounding lets a sample change another's outputs
 TIE = 2.0**-17  # of a value in steps: 64 units in the last place of float32
 FREE = 2  # elements per value that may be: a single tie in a small tensor is no fault
 INTEGER_LINEAR = {"QLinearConv", "QGemm", "QLinearMatMul"}
@@ -268,6 +269,45 @@ def complaint(model: Source, batch: Batch) -> str | None:
     return None
 
 
+def takes_batches(model: Source, first: Batch, second: Batch, picked: Collection[str] = ()) -> bool | None:
+    """Whether a model computes of two samples, one behind the other along axis 0, what it computes of each alone.
+
+    It does not where that axis holds steps of time, or is fixed within the graph. Integers and `picked` outputs (keys of
+    `outputs.selections`), which may number samples, say nothing; None where nothing is computed of one sample.
+    """
+    of = session(model, "basic")
+    try:
+        alone = [run(of, sample) for sample in (first, second)]
+    except VerificationError:
+        return None
+    try:
+        both = run(of, {name: np.concatenate([first[name], second[name]]) for name in first})
+    except VerificationError:
+        return False
+    telling = {name: values for name, values in both.items() if values.dtype.kind == "f" and name not in picked}
+    found = [_joins(values, [outputs[name] for outputs in alone]) for name, values in telling.items()]
+    return "mixed" not in found and (not found or set(found) != {"one"})
+
+
+def _joins(both: np.ndarray, parts: Sequence[np.ndarray]) -> Literal["joined", "mixed", "one", "other"]:
+    """How an output for two samples holds those for each: one behind the other; so by shape alone; as one; otherwise."""
+    if all(part.shape == both.shape for part in parts):
+        return "one"
+    candidates = [_behind(parts, axis) for axis in range(both.ndim)]
+    joined = [x for x in candidates if x is not None and x.shape == both.shape]
+    size = float(np.abs(both[np.isfinite(both)]).max(initial=0.0))
+    close = any(np.allclose(x, both, rtol=0, atol=MIXED * size, equal_nan=True) for x in joined)
+    return "joined" if close else "mixed" if joined else "other"
+
+
+def _behind(parts: Sequence[np.ndarray], axis: int) -> np.ndarray | None:
+    """Arrays one behind the other along an axis, where they fit."""
+    try:
+        return np.concatenate(parts, axis)
+    except ValueError:
+        return None
+
+
 def both_ruled_out(expected: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Where both hold the huge negative numbers of a mask; nowhere in an output that holds nothing else."""
     out = ruled_out(expected)
@@ -466,19 +506,20 @@ def measure_fidelity(
     threads: int = 0,
     selected: Mapping[str, Sequence[str]] | None = None,
     axes: Mapping[str, int] | None = None,
+    whole: bool = False,
 ) -> Fidelity:
     """Signal-to-noise ratio (dB) and agreement (%) of every output, both models at full optimisation.
 
     Integers (of an ArgMax) agree where they are equal; scores where the largest one is the same along the axis that `axes`
     names for an output (as `outputs.class_axes` finds it), or else the last one of two, if that has at least two entries.
     Instead of the outputs that are keys of `selected` (as `outputs.selections` returns them) the values that they were picked
-    from are compared.
+    from are compared. A batch is one sample where inputs have no batch axis in common, and where `whole` says so.
     """
     selected, axes = selected or {}, axes or {}
     inner = [name for names in selected.values() for name in names]
     (ours, known), (theirs, found_too) = (_watching(model, inner, threads) for model in (float_model, written))
     names = [name for name in known if name in found_too and name not in selected]
-    alone = feeds_whole(tensor.shape for tensor in ours.get_inputs())
+    alone = whole or no_batch_axis(tensor.shape for tensor in ours.get_inputs())
     noise, agree, total, samples = _Noise(), Counter[str](), Counter[str](), 0
     for batch in batches:
         expected, found = run(ours, batch, names), run(theirs, batch, names)

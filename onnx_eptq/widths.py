@@ -63,7 +63,7 @@ def candidates(graph: gs.Graph, target: Target, rules: Rules, asked: Asked) -> t
         asked: what the user allows.
 
     Raises:
-        UsageError: the target takes none of the widths that are asked for somewhere.
+        UsageError: the target takes none of the widths that are asked for somewhere, or nothing is left to choose for.
     """
     _check(target, asked)
     free = replace(target, op_bits={})  # what an operator takes is settled per group
@@ -90,6 +90,10 @@ def candidates(graph: gs.Graph, target: Target, rules: Rules, asked: Asked) -> t
         else:
             sets = [asked.of((wide[v],) if v in wide else asked.activations, v) for v in values]
             groups.append(Group(name, "activation", tuple(values), _common(values, sets, target)))
+    if not groups:
+        raise UsageError(
+            "everything is kept float, so there are no bits to choose; keep less float or leave out the budget"
+        )
     return with_widths(plan, {group.name: group.widest for group in groups}), groups
 
 

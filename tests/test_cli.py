@@ -12,6 +12,8 @@ import onnx
 import pytest
 import yaml
 
+from models import parse
+
 ROOT = Path(__file__).parents[1]
 DIGITS, CALIB = ROOT / "models" / "digits.onnx", ROOT / "models" / "digits_calib"
 Run = subprocess.CompletedProcess[str]
@@ -221,6 +223,26 @@ def test_random_calibration_can_come_from_a_config(tmp_path: Path) -> None:
     second = cli(DIGITS, "-o", tmp_path / "b.onnx", "--config", config)
     assert first.returncode == second.returncode == 0, second.stderr
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_random_samples_take_the_sizes_that_the_model_leaves_open(tmp_path: Path) -> None:
+    conv = parse(
+        "(float[N,1,H,W] image) => (float[N,2,P,Q] y) { y = Conv(image, w) }", w=np.ones((2, 1, 3, 3), np.float32)
+    )
+    onnx.save(conv, tmp_path / "m.onnx")
+    run = cli("m.onnx", "--random-calibration", *QUICK, cwd=tmp_path)
+    assert run.returncode == 4
+    assert "--random-shape image=1x" in run.stderr
+    run = cli("m.onnx", "--random-calibration", "--random-shape", "image=1x1x9x7", *QUICK, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert " of 560 in integer kernels" in run.stdout  # the 8 samples of verification, 2 x 7 x 5 numbers each
+    for shapes, message in ((["image=1x1xH"], "takes INPUT=DIMS"), (["img=1x1x9x7"], "no input of the model")):
+        run = cli("m.onnx", "--random-calibration", "--random-shape", *shapes, *QUICK, cwd=tmp_path)
+        assert run.returncode == 2
+        assert message in run.stderr
+    run = cli(DIGITS, CALIB, "-o", tmp_path / "q.onnx", "--random-shape", "image=1x1x9x7", *QUICK)
+    assert run.returncode == 2
+    assert "beside calibration data" in run.stderr
 
 
 def test_sensitivity_heeds_the_default_width_too(tmp_path: Path) -> None:

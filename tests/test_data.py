@@ -722,6 +722,24 @@ def test_random_data_needs_sizes_for_open_dimensions():
     assert batch["image"].shape == (2, 3, 8, 8)
 
 
+def test_random_data_for_inputs_without_a_common_batch_axis():
+    inputs = [InputSpec("x", (None, 4), np.dtype("float32")), InputSpec("state", (2, None, 3), np.dtype("float32"))]
+    batches = list(random_data(inputs, 3, shapes={"x": (5, 4), "state": (2, 1, 3)}))
+    assert [(batch["x"].shape, batch["state"].shape) for batch in batches] == [((5, 4), (2, 1, 3))] * 3
+    (batch, *_) = random_data(inputs, 3, shapes={"state": (2, 1, 3)})
+    assert batch["x"].shape == (1, 4)
+
+
+def test_arrays_that_are_one_sample_each():
+    inputs = [InputSpec("x", (None, 1, 2), np.dtype("float32"))]
+    arrays = [np.full((length, 1, 2), length, np.float32) for length in (3, 3, 4, 2)]
+    batches = open_data(arrays, inputs).by_item()
+    assert batches.num_samples == 4
+    assert [batch["x"].tolist() for batch in batches] == [array.tolist() for array in arrays]
+    assert [batch["x"].shape[0] for batch in batches.subset(2, seed=1)] in ([3, 3], [3, 4], [3, 2], [4, 2])
+    assert open_data(arrays, inputs).by_item(3, seed=0).num_samples == 3
+
+
 def test_random_data_fills_fixed_batches():
     assert [batch["x"].shape for batch in random_data([InputSpec("x", (4, 3), F32)], 8)] == [(4, 3)] * 2
 

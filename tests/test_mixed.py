@@ -129,7 +129,7 @@ def test_the_plan_says_the_choice_and_takes_edits(tmp_path: Path, mixed: Mixed) 
     assert {name: by_value[layers[name]]["bits"] for name in layers} == found.weights
     first = layers[next(iter(layers))]
     by_value[first]["bits"] = 5
-    edited = Plan.from_json(json.dumps({"points": rows, "floats": {}}))
+    edited = Plan.from_json(json.dumps({"version": 1, "points": rows}))
     result = onnx_eptq.quantize(DIGITS, CALIB, plan=edited, **QUICK)
     assert result.report.coverage.layers_by_bits[5] == 1
     assert result.report.allocation is None
@@ -334,3 +334,8 @@ def test_wrong_budgets_are_one_sentence(tmp_path: Path, arguments: list[object],
     assert run.returncode == 2, run.stderr
     assert "Traceback" not in run.stderr
     assert message in run.stderr
+
+
+def test_a_budget_where_everything_is_kept_float_is_refused() -> None:
+    with pytest.raises(UsageError, match="no bits to choose"):
+        onnx_eptq.quantize(DIGITS, CALIB, compression=2, keep_float=("*",), **QUICK)

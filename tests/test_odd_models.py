@@ -240,6 +240,65 @@ def test_models_without_a_batch_axis(name: str, options: dict[str, Any]) -> None
     assert {"w", "v"} <= set(result.plan)
 
 
+NO_BATCH = {  # axis 0 is open, but holds no samples
+    "steps of time": (
+        """(float[T,1,4] x) => (float[T,1,3] y) {
+          h = MatMul(x, w) c = CumSum(h, zero) r = Relu(c) y = MatMul(r, v) }""",
+        (6, 1, 4),
+    ),
+    "an answer for all of them": (
+        """(float[T,1,4] x) => (float[1,3] y) {
+          h = MatMul(x, w) r = Relu(h) m = ReduceMax <keepdims=0> (r, axes) y = MatMul(m, v) }""",
+        (6, 1, 4),
+    ),
+    "one sample in a reshape": (
+        "(float[N,4] x) => (float[M,3] y) { s = Reshape(x, one) h = MatMul(s, w) r = Relu(h) y = MatMul(r, v) }",
+        (1, 4),
+    ),
+    "all steps in a reshape": (
+        """(float[T,4] x) => (float[T,3] y) {
+          h = MatMul(x, w) r = Reshape(h, six) c = CumSum(r, one_axis) g = Reshape(c, back) y = MatMul(g, v) }""",
+        (6, 4),
+    ),
+}
+SHAPES = {
+    "zero": np.int64(0),
+    "one_axis": np.int64(1),
+    "axes": np.array([0]),
+    "one": np.array([1, 4]),
+    "six": np.array([1, 6, 8]),
+    "back": np.array([6, 8]),
+}
+
+
+@pytest.mark.parametrize("options", [{"method": "rtn"}, {"method": "eptq", "steps": 4}], ids=["rtn", "learned"])
+@pytest.mark.parametrize("name", NO_BATCH)
+def test_models_whose_first_axis_is_open_but_no_batch(name: str, options: dict[str, Any]) -> None:
+    """Every array is one sample: what is fed, calibrated, learned and compared is what the model takes in use."""
+    text, shape = NO_BATCH[name]
+    used = {key: value for key, value in SHAPES.items() if f"{key})" in text}
+    model = parse(text, w=W(4, 8), v=W(8, 3), **used)
+    rng = np.random.default_rng(0)
+    data = [{"x": rng.normal(1, size=shape).astype(np.float32)} for _ in range(40)]
+    result = quantize(model, data, threads=1, **options)
+    assert any("axis 0 of 'x' is no batch axis" in warning for warning in result.report.warnings)
+    assert result.report.samples == result.report.fidelity.samples == 40
+    assert result.report.fidelity.sqnr_db["y"] > 25
+    assert quantize(model, data, num_samples=8, threads=1).report.samples == 8
+
+
+def test_sequences_of_several_lengths_are_refused_where_they_would_run_together() -> None:
+    text, shape = NO_BATCH["steps of time"]
+    model = parse(text, w=W(4, 8), v=W(8, 3), zero=np.int64(0))
+    rng = np.random.default_rng(0)
+    data = [rng.normal(size=(length, *shape[1:])).astype(np.float32) for length in (6, 6, 7) * 8]
+    with pytest.raises(DataError, match=r"2 sizes \(6x1x4 and 7x1x4"):
+        quantize(model, data, method="eptq", threads=1)
+    report = quantize(model, data, calibration="mse", threads=1).report
+    assert report.samples == 24
+    assert report.fidelity.sqnr_db["y"] > 25
+
+
 def test_what_an_old_opset_lacks_is_said_before_any_data_is_read() -> None:
     text = "(float[N,1,5,5] x, float[N,3,3,2] g) => (float[N,1,3,3] y) { h = MatMul(x, w) y = GridSample(h, g) }"
     with pytest.raises(ModelError, match=r"no form in opset 13: .*GridSample"):
@@ -302,6 +361,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     _, text = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted; no model was written" in text
+    assert "--resume" not in text  # nothing was learned yet
     assert "Traceback" not in text
     assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "x.npy"}
 

@@ -1,6 +1,7 @@
 """Where quantizers sit: rules on tiny models, golden plans, and invariance under renaming and reordering."""
 
 import json
+import math
 import random
 import re
 from dataclasses import replace
@@ -565,10 +566,42 @@ def test_the_target_decides_what_fits():
         check_plan(case.graph, replace(TARGETS["onnx"], name="tiny", storage={4: "int4"}), case.plan)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"points": [{}]}', '{"points": [{"value": "x"}]}', '{"points": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1, "points": [{}]}', '{"version": 1, "points": 3}'])
 def test_text_that_is_no_plan(text):
     with pytest.raises(UsageError, match="not a JSON plan"):
         Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 4.5}, "points.0.bits: .*integer"),
+        ({"bits": "4"}, "points.0.bits: .*integer"),
+        ({"bits": 0}, "points.0.bits: .*greater than or equal to 1"),
+        ({"limits": [2, 1]}, "points.0.limits: the lower limit comes first"),
+        ({"limits": [0, math.nan]}, "points.0.limits.1"),
+        ({"limits": [0]}, "points.0.limits"),
+        ({"reach": -1}, "points.0.reach"),
+        ({"moved": "yes"}, "points.0.moved"),
+        ({"with_of_grid": 3}, "points.0.with_of_grid: Extra inputs are not permitted"),
+    ],
+)
+def test_a_row_that_says_what_no_plan_can_say_is_refused_by_its_place(change, message):
+    plan = {"version": 1, "points": [{"value": "x", "role": "activation", "bits": 8, "signed": False} | change]}
+    with pytest.raises(UsageError, match=message):
+        Plan.from_json(json.dumps(plan))
+
+
+@pytest.mark.parametrize("version", [{}, {"version": 2}])
+def test_a_plan_of_another_version_is_refused(version):
+    with pytest.raises(UsageError, match="version"):
+        Plan.from_json(json.dumps({"points": [], **version}))
+
+
+def test_two_points_for_one_value_are_refused():
+    row = {"value": "x", "role": "activation", "bits": 8, "signed": False}
+    with pytest.raises(UsageError, match="several points for 'x'"):
+        Plan.from_json(json.dumps({"version": 1, "points": [row, {**row, "bits": 4}]}))
 
 
 # ---- metamorphic

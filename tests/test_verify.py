@@ -25,6 +25,29 @@ def check(found, batches=None):
     )
 
 
+# ---- batches
+
+TAKES = {
+    "(float[N,4] x) => (float[N,3] y) { y = MatMul(x, w) }": True,
+    "(float[N,4] x) => (float[3,N] y) { h = MatMul(x, w) y = Transpose(h) }": True,
+    "(float[N,4] x) => (float[N,3] y, float[3,4] u) { y = MatMul(x, w) u = Transpose(w) }": True,
+    "(float[N,4] x) => (float[2,K] picked) { n = NonZero(x) picked = Cast <to=1> (n) }": True,
+    "(float[N,4] x) => (int64[N] y) { h = MatMul(x, w) y = ArgMax <keepdims=0> (h) }": True,
+    "(float[N,4] x) => (float[N,3] y) { m = ReduceMean <axes=[0]> (x) d = Sub(x, m) y = MatMul(d, w) }": False,
+    "(float[N,4] x) => (float[1,3] y) { m = ReduceMean <axes=[0]> (x) y = MatMul(m, w) }": False,
+    "(float[N,4] x) => (float[1,3] y) { m = Reshape(x, one) y = MatMul(m, w) }": False,
+    "(float[N,4] x) => (float[5,3] y) { m = Reshape(x, five) y = MatMul(m, w) }": None,
+}
+
+
+@pytest.mark.parametrize("text", TAKES)
+def test_whether_a_model_takes_samples_together(text):
+    constants = {"w": weights(0)(4, 3), "one": np.array([1, 4]), "five": np.array([5, 4])}
+    model = parse(text, **{key: value for key, value in constants.items() if f"{key})" in text}, opset=17)
+    samples = np.random.default_rng(0).normal(size=(2, 1, 4)).astype(np.float32)
+    assert verify.takes_batches(model, {"x": samples[0]}, {"x": samples[1]}, ["picked"]) is TAKES[text]
+
+
 # ---- sound files
 
 

@@ -132,8 +132,8 @@ FAULTS = (
     Fault(
         "several samples of a model without a batch axis fed together",
         "pipeline.py",
-        "return feeds_whole(shapes) or any(isinstance(shape[0], int) for shape in shapes)",
-        "return any(shape and isinstance(shape[0], int) for shape in shapes)",
+        "return mirror.feeds_whole(job.graph) or any(",
+        "return any(tensor.shape and ",
         ("odd_models",),
     ),
     Fault(
