@@ -30,7 +30,7 @@ from onnx_eptq.errors import CoverageError, DataError, ModelError, OutputError, 
 from onnx_eptq.methods import EFFORTS, METHODS, Effort, Method
 from onnx_eptq.mixed import BUDGETS, Mixed
 from onnx_eptq.outputs import class_axes, judged_targets, selections
-from onnx_eptq.plan import Layer, Plan, Rules, check_ops, check_plan, linear_layers, make_plan
+from onnx_eptq.plan import Layer, Plan, Rules, check_ops, check_plan, linear_layers, make_plan, open_shares, reach_open
 from onnx_eptq.prepare import add_biases, free_batch, prepare
 from onnx_eptq.prepare.opset import lower_opset
 from onnx_eptq.report import Phases, Report, find_islands, measure_coverage
@@ -199,6 +199,8 @@ def begin(
     report.threads = min(config.threads, os.cpu_count() or 1) or threads.worthwhile(work)
     torch.set_num_threads(report.threads)
     check_sizes(job)
+    if open_shares(graph, job.plan):
+        job.plan = reach_open(graph, job.plan, first_shapes(job))
     describe_plan(job)
     describe_data(job)
     if groups:
@@ -415,6 +417,19 @@ def measured_work(job: Job) -> float:
         ) from None
     size = sized_effort(job).batch if METHODS[job.config.method].stages else job.batches.batch_size
     return size * resources.all_macs(job.graph, counts) / len(job.graph.nodes)
+
+
+def first_shapes(job: Job) -> dict[str, tuple[int, ...]]:
+    """The shape of every value on the first batch."""
+    teacher, shapes = mirror.build(job.graph).to(job.config.device), dict[str, tuple[int, ...]]()
+
+    def see(value: str, x: torch.Tensor) -> torch.Tensor:
+        shapes[value] = tuple(getattr(x, "shape", ()))
+        return x
+
+    with torch.no_grad():
+        mirror.Probe(teacher, see).run(*calibrate.feed(teacher, next(iter(job.batches))))
+    return shapes
 
 
 def check_batches(job: Job) -> None:

@@ -521,7 +521,7 @@ class _Planner:
             bits = self.rules.act_bits
             bits = self.bits(max(EDGE_BITS, bits) if self.wide(tensor) else bits, tensor.name)
             # Shares of one must not saturate, or they no longer sum to it; with few steps small ones would be lost for that.
-            shares = producer is not None and op_of(producer).decides and op_of(producer).bounds == (0.0, 1.0)
+            shares = producer is not None and _shares(producer)
             whole = whole or (shares and bits >= EDGE_BITS)
             point = QuantPoint(
                 tensor.name,
@@ -655,15 +655,38 @@ def _limits(producer: gs.Node | None) -> Limits:
     return tuple(None if math.isinf(bound) else float(bound) for bound in bounds)  # type: ignore[return-value]
 
 
-def _reach(softmax: gs.Node) -> float:
+def _shares(node: gs.Node) -> bool:
+    """Whether a node's results are shares of one along an axis."""
+    return bool(op_of(node).decides and op_of(node).bounds == (0.0, 1.0))
+
+
+def _reach(softmax: gs.Node, shape: Sequence[Any] | None = None) -> float:
     """What the grid of a Softmax's output must cover: twice the share that each of its elements has on average.
 
     ONNX Runtime's QLinearSoftmax counts in 32 bits; with steps below 1 / (148 elements) it wraps around (1.31). Where their
-    number is open, nothing: that largest shares are so small is rare, and a grid up to 1 would be coarse for many.
+    number is open, nothing is known until samples show it (`reach_open`): `shape` is what the output has there.
     """
-    shape = softmax.outputs[0].shape
+    shape = shape or softmax.outputs[0].shape
     size = shape[int(softmax.attrs.get("axis", -1))] if shape else None
     return min(1.0, 2 / size) if isinstance(size, int) and size > 0 else 0.0
+
+
+def open_shares(graph: gs.Graph, plan: Plan) -> dict[str, gs.Node]:
+    """Planned outputs of a Softmax whose number of elements the graph leaves open, with their nodes."""
+    nodes = [node for node in graph.nodes if node.outputs and node.outputs[0].name in plan and _shares(node)]
+    return {node.outputs[0].name: node for node in nodes if not _reach(node)}
+
+
+def reach_open(graph: gs.Graph, plan: Plan, shapes: Mapping[str, Sequence[int]]) -> Plan:
+    """The plan whose `open_shares` reach as far as the shapes of samples ask; what is tied to them follows."""
+    asked: dict[str, float] = {}
+    for value, node in open_shares(graph, plan).items():
+        root = plan.root(value).value
+        asked[root] = max(asked.get(root, plan[root].reach), _reach(node, shapes[value]))
+    points = {
+        value: replace(point, reach=asked.get(plan.root(value).value, point.reach)) for value, point in plan.items()
+    }
+    return Plan(points, plan.floats)
 
 
 def _constant_scalar(tensor: gs.Tensor | None) -> float | None:

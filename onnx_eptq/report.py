@@ -26,7 +26,7 @@ from onnx_eptq.plan import Plan, linear_layers
 from onnx_eptq.verify import Fidelity, Parity
 
 MAX_WIDTHS = 48  # that are spelled one by one; the JSON names their layers
-MAX_REASONS = 8  # lines of "kept float" in the text; the JSON holds all
+MAX_REASONS, MAX_WARNINGS, MAX_INPUTS, MAX_OUTPUTS = 8, 4, 4, 6  # lines of each kind in the text; the JSON holds all
 
 
 @dataclass
@@ -143,12 +143,14 @@ class Report:
             )
         if self.data:
             yield f"data       {self.data}"
-        for name, (low, high, mean, std) in list(self.fed.items())[:4]:
+        for name, (low, high, mean, std) in list(self.fed.items())[:MAX_INPUTS]:
             yield f"  fed      {name}: {low:.4g} to {high:.4g}, mean {mean:.4g}, standard deviation {std:.4g}"
+        yield from _rest("  fed", len(self.fed) - MAX_INPUTS, "inputs")
         if self.equalized:
             least = min(self.equalized, key=lambda equalized: equalized.error)
             yield f"equalized  channels of {len(self.equalized)} values, error behind '{least.value}' x {least.error:.2g}"
-        yield from (f"warning    {warning}" for warning in self.warnings[:4])
+        yield from (f"warning    {warning}" for warning in self.warnings[:MAX_WARNINGS])
+        yield from _rest("warning", len(self.warnings) - MAX_WARNINGS, "warnings")
         if self.estimate:
             yield f"estimate   {self.estimate['seconds']:.0f} s, {self.estimate['peak_mb']:.0f} MB"
         yield from self._allocated()
@@ -171,7 +173,7 @@ class Report:
             return
         yield f"widths     weights {spell_widths(found.weights)} (average {found.average_bits:.2f} bits)"
         if found.activations:
-            yield f"           activations {spell_widths(found.activations)}"
+            yield f"           activations {spell_widths(found.activations)} (those on one grid count once)"
         for name, use in found.budgets.items():
             yield f"budget     {name}: {use.used:,.10g} of {use.limit:,.10g} {use.unit}".rstrip()
         said = "proven best" if found.optimal else "the best found in the time it had, not proven"
@@ -209,11 +211,21 @@ class Report:
             for name, sources in list(fidelity.selected.items())[:4]:
                 before = ", ".join(s for s in sources if s in fidelity.sqnr_db) or "nothing that both models name"
                 yield f"fidelity   {name}: selected, so judged before it is: {before}"
-            for name in list(dict.fromkeys([*fidelity.sqnr_db, *fidelity.agreement]))[:6]:
+            names = list(dict.fromkeys([*fidelity.sqnr_db, *fidelity.agreement]))
+            for name in names[:MAX_OUTPUTS]:
                 share, decibel = fidelity.agreement.get(name), fidelity.sqnr_db.get(name)
                 agree = f", argmax agrees in {share} %" if share is not None else ""
                 found = f"equal in {share} %" if decibel is None else f"SQNR {decibel} dB{agree}"
-                yield f"fidelity   {name}: {found} ({fidelity.samples} calibration samples)"
+                masked = fidelity.masked.get(name)
+                beside = f"{masked} % of it masked and left out, " if masked else ""
+                yield f"fidelity   {name}: {found} ({beside}{fidelity.samples} calibration samples)"
+            yield from _rest("fidelity", len(names) - MAX_OUTPUTS, "outputs")
+
+
+def _rest(label: str, count: int, what: str) -> Iterator[str]:
+    """A line on what there is no room for."""
+    if count > 0:
+        yield f"{label:<11}and {count} more {what} (all of them in --json)"
 
 
 def spell_widths(widths: Mapping[str, int]) -> str:

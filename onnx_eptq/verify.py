@@ -76,13 +76,15 @@ class Fidelity:
 
     `sqnr_db` has the outputs of real numbers, in dB; `agreement` the share of positions, in %, where the largest class or an
     integer is the same. Outputs in `selected` hold what a TopK, NonMaxSuppression or the like has picked, in its order: element
-    by element they cannot be compared, so the values that it picks from stand for them.
+    by element they cannot be compared, so the values that it picks from stand for them. `masked` says how much of an output, in
+    %, holds the huge negative numbers of a mask on both sides, beside which no error would be one: it is left out.
     """
 
     samples: int
     sqnr_db: dict[str, float]
     agreement: dict[str, float]
     selected: dict[str, list[str]] = field(default_factory=dict)
+    masked: dict[str, float] = field(default_factory=dict)
 
 
 def session(
@@ -539,7 +541,7 @@ def measure_fidelity(
     agreement = {name: round(100 * agree[name] / total[name], 2) for name in total if total[name]}
     agreement |= dict.fromkeys(noise.silent(), 100.0)
     sources = {name: list(values) for name, values in selected.items()}
-    return Fidelity(samples, noise.decibels(), agreement, sources)
+    return Fidelity(samples, noise.decibels(), agreement, sources, noise.masked())
 
 
 def _agreeing(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray | None:
@@ -555,6 +557,7 @@ class _Noise:
     def __init__(self) -> None:
         self.signal: dict[str, float] = {}
         self.noise: dict[str, float] = {}
+        self.left_out: dict[str, tuple[int, int]] = {}  # elements that are masked, of how many
 
     def add(self, expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> None:
         """Add one batch of outputs by name; integers and those whose shapes differ (what a selection picks) have no noise."""
@@ -563,6 +566,8 @@ class _Noise:
                 continue
             a, b = np.asarray(values, np.float64), np.asarray(found[name], np.float64)
             masked = both_ruled_out(a, b)  # beside such numbers no error would be one
+            some, total = self.left_out.get(name, (0, 0))
+            self.left_out[name] = some + int(masked.sum()), total + masked.size
             error = np.subtract(a, b, out=np.zeros_like(a), where=(a != b) & ~masked)
             self.signal[name] = self.signal.get(name, 0.0) + float((a[np.isfinite(a) & ~masked] ** 2).sum())
             self.noise[name] = self.noise.get(name, 0.0) + float((error**2).sum())
@@ -574,6 +579,10 @@ class _Noise:
             for name, signal in self.signal.items()
             if signal or self.noise[name]
         }
+
+    def masked(self) -> dict[str, float]:
+        """How much of an output is masked on both sides, in %; outputs without masks are left out."""
+        return {name: round(100 * some / total, 1) for name, (some, total) in self.left_out.items() if some}
 
     def silent(self) -> list[str]:
         """Outputs that are all zero on both sides."""

@@ -137,6 +137,8 @@ def test_scores_beside_a_mask_are_outputs_as_exact_as_without_it(end: str, value
     assert result.plan.floats["y"]
     assert result.report.learning is not None
     assert 0 < result.report.learning.distances["rtn"] < 0.01
+    assert result.report.fidelity.masked == {"y": 25.0}
+    assert "25.0 % of it masked and left out" in str(result.report)
     ours, theirs = (
         onnx.reference.ReferenceEvaluator(each).run(["y"], {"x": data})[0] for each in (result.model, model)
     )
@@ -432,6 +434,17 @@ def test_nearly_even_shares_survive_the_integer_softmax(classes: int) -> None:
         expected, found = (outputs_of(each, data) for each in (model, result.model))
         assert np.abs(expected - found).max() < 0.02
         assert result.report.fidelity.sqnr_db["y"] > 30
+
+
+@pytest.mark.parametrize("length", [2, 5, 40])
+def test_so_do_those_of_an_attention_whose_length_is_open(length: int) -> None:
+    text = """(float[N,T,8] x) => (float[N,T,8] y) {
+      q = MatMul(x, w) t = Transpose <perm=[0,2,1]> (x) s = MatMul(q, t) p = Softmax <axis=-1> (s) y = MatMul(p, x) }"""
+    model = parse(text, w=W(8, 8) * np.float32(0.01))
+    data = np.random.default_rng(0).normal(1, size=(40, length, 8)).astype(np.float32)
+    result = quantize(model, data, weight_bits=8, threads=1)
+    assert result.plan["p"].reach == pytest.approx(min(1, 2 / length))
+    assert result.report.fidelity.sqnr_db["y"] > 30
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

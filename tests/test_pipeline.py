@@ -1,5 +1,6 @@
 """`quantize` end to end on the demo model: accuracy of the written file, determinism, sources, options, refusals."""
 
+import copy
 import json
 import re
 import tempfile
@@ -93,6 +94,22 @@ def test_every_layer_is_stored_in_low_bits(w4: tuple[Path, onnx_eptq.Result]) ->
         assert types[bias.input[0]] == TensorProto.INT32
     assert {opset.domain for opset in model.opset_import} == {""}
     assert (model.opset_import[0].version, model.ir_version) == (21, 10)
+
+
+def test_the_report_says_what_it_has_no_room_for(w4: tuple[Path, onnx_eptq.Result]) -> None:
+    report = copy.deepcopy(w4[1].report)
+    report.warnings = [f"warning {i}" for i in range(6)]
+    report.fed = {f"x{i}": [0.0] * 4 for i in range(7)}
+    assert report.fidelity is not None
+    report.fidelity.sqnr_db = {f"y{i}": 30.0 for i in range(12)}
+    report.fidelity.agreement = {}
+    lines = str(report).splitlines()
+    assert [" ".join(line.split()) for line in lines if "more" in line] == [
+        "fed and 3 more inputs (all of them in --json)",
+        "warning and 2 more warnings (all of them in --json)",
+        "fidelity and 6 more outputs (all of them in --json)",
+    ]
+    assert len(lines) <= 40
 
 
 def test_report_is_complete_and_true(w4: tuple[Path, onnx_eptq.Result]) -> None:

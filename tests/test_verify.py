@@ -470,7 +470,9 @@ def test_infinite_values_of_a_mask_are_no_noise():
     batches = feeds(protos[0])
     pairs = [np.concatenate([run_ort(proto, batch)["y"] for batch in batches])[:, [0, 2, 3]] for proto in protos]
     sqnr = 10 * np.log10((pairs[0] ** 2).sum() / ((pairs[0] - pairs[1]) ** 2).sum())
-    assert measure_fidelity(*protos, batches, threads=1).sqnr_db == {"y": pytest.approx(sqnr, abs=0.01)}
+    fidelity = measure_fidelity(*protos, batches, threads=1)
+    assert fidelity.sqnr_db == {"y": pytest.approx(sqnr, abs=0.01)}
+    assert fidelity.masked == {"y": 25.0}
 
 
 def test_integers_agree_where_they_are_equal():
