@@ -666,7 +666,7 @@ class Learner:
     def _solve(self) -> None:
         """Solve layer after layer, with positions that count by their gradients and, if there is time, all alike."""
         problem = self.problem
-        batch = problem.chunk or max(START_BATCH // problem.multiple, 1) * problem.multiple
+        batch = problem.chunk or max(min(START_BATCH, problem.effort.batch) // problem.multiple, 1) * problem.multiple
         few = max(1, problem.effort.samples // batch) * batch
         chosen = [x[: self.images][:few] for x in problem.samples]
         batches = [[x[i : i + batch] for x in chosen] for i in range(0, len(chosen[0]), batch)]

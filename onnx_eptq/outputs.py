@@ -65,6 +65,12 @@ def _before_squashing(tensor: gs.Tensor, squashes: Callable[[gs.Node], bool]) ->
         stack += reversed(_activations(value.inputs[0]))
 
 
+def scores(graph: gs.Graph) -> list[str]:
+    """The outputs that are scores between 0 and 1, each by itself (of a Sigmoid)."""
+    ends = [tensor for tensor in graph.outputs if tensor.inputs and not is_constant(tensor)]
+    return [t.name for t in ends if op_of(t.inputs[0]).unary and op_of(t.inputs[0]).bounds == (0.0, 1.0)]
+
+
 def selections(graph: gs.Graph) -> dict[str, list[str]]:
     """For every output whose elements an operator selects: the float values that it, and what follows it, picks from.
 

@@ -10,8 +10,8 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,7 +29,7 @@ from onnx_eptq.equalize import equalize
 from onnx_eptq.errors import CoverageError, DataError, ModelError, OutputError, UsageError, VerificationError
 from onnx_eptq.methods import EFFORTS, METHODS, Effort, Method
 from onnx_eptq.mixed import BUDGETS, Mixed
-from onnx_eptq.outputs import class_axes, judged_targets, selections
+from onnx_eptq.outputs import class_axes, judged_targets, scores, selections
 from onnx_eptq.plan import Layer, Plan, Rules, check_ops, check_plan, linear_layers, make_plan, open_shares, reach_open
 from onnx_eptq.prepare import add_biases, free_batch, prepare
 from onnx_eptq.prepare.opset import lower_opset
@@ -38,13 +38,16 @@ from onnx_eptq.targets import TARGETS, Target
 from onnx_eptq.widths import DEFAULT_WEIGHT_WIDTHS, Asked, Group, candidates, with_widths
 from onnx_eptq.write import write
 
-WEIGHT_SAMPLES = 64  # samples on which weight scales compete; half of it for images of the size below and larger ones
-EQUALIZE_SAMPLES = 16  # samples on which factors between channels are chosen
+WEIGHT_SAMPLES = (
+    64  # samples on which weight scales compete; half of it for images of the size below, fewer of larger ones
+)
+EQUALIZE_SAMPLES = 16  # samples on which factors between channels are chosen, or half of those, if these are fewer
 FIT_SAMPLES = 256  # by which weights are rounded when sensitivities are measured
-FIDELITY_SAMPLES = 256
+FIDELITY_SAMPLES, LEAST_FIDELITY = 256, 32  # how many are compared, and of large samples
 PARITY_SAMPLES = 8
 RUNTIME_MARGIN = 3.0  # dB above the whole error: half of it is then the runtime's own
 HARMLESS_SQNR = 40.0  # dB; above, an error is as small as that of one rounding to 8 bits, whoever makes it
+UNSEEN = 0.5  # a score of 0 to 1 whose largest one is below was calibrated on samples without what it looks for
 LOW_SQNR = 6.0  # dB; below, outputs differ from the float model's by half their size
 GROUP = 16  # samples at a time, where the model itself fixes a smaller batch
 MOST_TIMES = 2  # the steps, where batches are smaller than the effort's
@@ -55,6 +58,7 @@ GRADIENT_BYTES = 24  # that this takes per quantized element
 STEP_COST, START_COST = 1.5, 4.5  # of a step, and of a closed-form start, per sample; unit: a run of the float model
 LEAST_SAMPLES = 32  # that layers are solved with, whatever the memory
 IMAGE_ELEMENTS = 3 * 224 * 224  # a sample of this size is run in batches of 32
+LARGEST = 16  # times its input that the largest activation of a sample is, before it is that which counts as its size
 PARITY_TEXT = 128  # characters of the file's word on its verification: its size is known before it is verified
 # The file's other words on itself fill multiples of so many characters: equal plans give files of one size, however asked for.
 METADATA_UNIT = 128
@@ -87,6 +91,9 @@ class Job:
     report: Report
     groups: Sequence[Group] = ()  # quantizers whose widths are still to be chosen
     is_equalized: bool = False  # channels have been evened out
+    counts: Mapping[str, tuple[float, int]] = field(
+        default_factory=dict
+    )  # elements and their bytes, per value of a sample
 
 
 @threads.restored()
@@ -195,8 +202,10 @@ def begin(
     report.float_bytes = graphs.file_bytes(source) if isinstance(source, Path) else source.ByteSize()
     job = Job(graph, source, plan, linear_layers(graph), target, batches, config, report, groups)
     check_batches(job)
-    work = measured_work(job)
-    report.threads = min(config.threads, os.cpu_count() or 1) or threads.worthwhile(work)
+    job.counts = measured(job)
+    if config.batch_size is None:
+        job.batches = job.batches.with_batch_size(batch_size_for(job))
+    report.threads = min(config.threads, os.cpu_count() or 1) or threads.worthwhile(work_of_a_node(job))
     torch.set_num_threads(report.threads)
     check_sizes(job)
     if open_shares(graph, job.plan):
@@ -349,13 +358,10 @@ def open_batches(graph: gs.Graph, data: Any, config: Config) -> sources.Batches:
             raise UsageError(
                 f"--random-shape names '{unknown[0]}', which is no input of the model; its inputs: {names}"
             )
-        count, size, shapes = config.num_samples or 32, config.batch_size or 8, config.random_shapes
-        batches = sources.random_data(specs, count, config.seed, batch_size=size, shapes=shapes)
-    else:
-        batches = sources.open_data(data, specs, preset, num_samples=config.num_samples, seed=config.seed, batch_size=1)
-    if config.batch_size is None:
-        return batches.with_batch_size(batch_size_for(batches))
-    return batches.with_batch_size(config.batch_size)
+        count, size = config.num_samples or 32, config.batch_size or 1
+        return sources.random_data(specs, count, config.seed, batch_size=size, shapes=config.random_shapes)
+    size = config.batch_size or 1
+    return sources.open_data(data, specs, preset, num_samples=config.num_samples, seed=config.seed, batch_size=size)
 
 
 def describe_data(job: Job) -> None:
@@ -373,20 +379,22 @@ def describe_data(job: Job) -> None:
         report.warnings.append(f"only {report.samples} calibration samples; a few hundred give better ranges")
 
 
-def sample_elements(batches: sources.Batches) -> int:
-    """Elements of one sample, all inputs together."""
-    return max(1, sum(array.size for array in next(batches.samples()).values()))
+def sample_elements(job: Job) -> int:
+    """Size of one sample: elements of all inputs together, or of the activations, where these are larger than usual."""
+    inputs = sum(array.size for array in next(job.batches.samples()).values())
+    return max(1, inputs, int(max((count for count, _ in job.counts.values()), default=0)) // LARGEST)
 
 
-def batch_size_for(batches: sources.Batches) -> int:
+def batch_size_for(job: Job) -> int:
     """Samples that are run at a time unless the user or the model says so."""
-    return max(1, min(32, 32 * IMAGE_ELEMENTS // sample_elements(batches)))
+    return max(1, min(32, 32 * IMAGE_ELEMENTS // sample_elements(job)))
 
 
-def weight_samples(batches: sources.Batches) -> int:
-    """How many samples choose the weight scales."""
-    wanted = WEIGHT_SAMPLES if sample_elements(batches) < IMAGE_ELEMENTS else WEIGHT_SAMPLES // 2
-    return min(wanted, batches.num_samples)
+def weight_samples(job: Job) -> int:
+    """How many samples choose the weight scales: fewer large ones, which have more positions."""
+    half, size = WEIGHT_SAMPLES // 2, sample_elements(job)
+    wanted = WEIGHT_SAMPLES if size < IMAGE_ELEMENTS else max(half // 4, min(half, 2 * half * IMAGE_ELEMENTS // size))
+    return min(wanted, job.batches.num_samples)
 
 
 def measuring_runs(job: Job) -> int:
@@ -398,15 +406,15 @@ def measuring_runs(job: Job) -> int:
     return 2 * hessian.PROBES + 4 * max(len(group.widths) for group in job.groups)  # gradients, and rounding
 
 
-def measured_work(job: Job) -> float:
-    """Multiplications of a node, on average, on the batches that most time is spent with.
+def measured(job: Job) -> dict[str, tuple[float, int]]:
+    """Elements and bytes per element of every value, on one sample or as many as the model fixes.
 
     Raises:
         DataError: The model cannot compute the first samples.
     """
-    teacher, batch = mirror.build(job.graph).to(job.config.device), next(iter(job.batches))
+    teacher, batch = mirror.build(job.graph).to(job.config.device), next(iter(job.batches.with_batch_size(1)))
     try:
-        counts = resources.elements(teacher, calibrate.feed(teacher, batch))
+        return resources.elements(teacher, calibrate.feed(teacher, batch))
     except (RuntimeError, IndexError, ValueError):
         problem = verify.complaint(job.source, batch)
         if problem is None:
@@ -415,8 +423,12 @@ def measured_work(job: Job) -> float:
         raise DataError(
             f"the model cannot compute the first samples ({shapes}): {problem}; check their sizes (--resize, --crop) and values"
         ) from None
+
+
+def work_of_a_node(job: Job) -> float:
+    """Multiplications of a node, on average, on the batches that most time is spent with."""
     size = sized_effort(job).batch if METHODS[job.config.method].stages else job.batches.batch_size
-    return size * resources.all_macs(job.graph, counts) / len(job.graph.nodes)
+    return size * resources.all_macs(job.graph, job.counts) / len(job.graph.nodes)
 
 
 def first_shapes(job: Job) -> dict[str, tuple[int, ...]]:
@@ -479,13 +491,13 @@ def estimate(job: Job) -> dict[str, float]:
     rounds = -(-job.batches.num_samples // job.batches.batch_size)
     narrow = job.config.weight_bits < 7 or job.groups
     candidates = 2 + (len(calibrate.SHARES) if narrow else 0)
-    weights = candidates * weight_samples(job.batches) / job.batches.batch_size
+    weights = candidates * weight_samples(job) / job.batches.batch_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     model_mb = job.report.float_bytes / 2**20
     method, effort = METHODS[job.config.method], sized_effort(job)
     learning = learning_cost(method, effort) * spent / job.batches.batch_size if method.stages else 0.0
     held = 2 * job.config.cache_mb if method.stages else 0
-    some = weight_samples(job.batches) / job.batches.batch_size
+    some = weight_samples(job) / job.batches.batch_size
     ranges = RANGE_COST * some if job.config.calibration == "hmse" else 0.0
     return {
         "seconds": spent * (rounds + weights + ranges + some * measuring_runs(job) + 2) + learning + 1,
@@ -532,7 +544,7 @@ def make_teacher(job: Job) -> tuple[mirror.Mirror, Feed, gs.Graph]:
     Models of a small fixed batch run in larger ones where that changes nothing.
     """
     teacher, alone = mirror.build(job.graph).to(job.config.device), Feed(job.batches)
-    group = min(GROUP, batch_size_for(job.batches)) // job.batches.batch_size
+    group = min(GROUP, batch_size_for(job)) // job.batches.batch_size
     free = free_batch(job.graph) if group > 1 else None
     first = [calibrate.feed(teacher, batch) for batch in itertools.islice(job.batches, 3)]
     if free is None or len(first) < 2:
@@ -564,7 +576,7 @@ def range_samples(
     job: Job, teacher: mirror.Mirror, batches: Feed, graph: gs.Graph, stats: calibrate.Stats
 ) -> tuple[list[torch.Tensor], int]:
     """The samples that activation ranges are weighed and judged on, and how many at a time."""
-    samples = load_samples(teacher, batches.subset(weight_samples(job.batches), job.config.seed))
+    samples = load_samples(teacher, batches.subset(weight_samples(job), job.config.seed))
     return samples, gradient_batch(job, graph, max(1, min(RANGE_BATCH, RANGE_BYTES // gradient_bytes(stats))))
 
 
@@ -610,7 +622,7 @@ def calibrated(job: Job, phases: Phases, stats: calibrate.Stats | None = None) -
     qparams = calibrate.calibrate(
         job.plan, stats, teacher, config.calibration, calibrate.elementwise_readers(job.graph)
     )
-    few = batches.subset(weight_samples(job.batches), config.seed)
+    few = batches.subset(weight_samples(job), config.seed)
     if "hmse" in (config.weight_calibration, METHODS[config.method].ranges):
         samples = load_samples(teacher, few)
         with phases("weights"):
@@ -627,6 +639,7 @@ def calibrated(job: Job, phases: Phases, stats: calibrate.Stats | None = None) -
         qparams |= calibrate.choose_weight_scales(
             teacher, job.plan, job.layers, phases.over("weights", few, len(few)), config.weight_calibration
         )
+    job.report.warnings += saturated(job, stats)
     student = mirror.build(graph, job.plan, qparams).to(config.device)
     if config.bias_correction:
         calibrate.correct_biases(student, teacher, job.plan, job.layers, stats)
@@ -634,11 +647,24 @@ def calibrated(job: Job, phases: Phases, stats: calibrate.Stats | None = None) -
     return Ready(graph, teacher, student, batches)
 
 
+def saturated(job: Job, stats: calibrate.Stats) -> list[str]:
+    """A warning for every score that no sample brought near 1: of what is larger than all that was seen nothing is kept."""
+    largest = {
+        value: stats.histograms[job.plan.root(value).value].max for value in scores(job.graph) if value in job.plan
+    }
+    return [
+        f"output '{value}' is a score between 0 and 1, but no sample brings it above {most:.2g}, so the file will give none "
+        "that is larger; calibrate on samples that the model scores high, too"
+        for value, most in largest.items()
+        if most < UNSEEN
+    ]
+
+
 def equalized(job: Job, phases: Phases) -> None:
     """Even out channels in the job's graph, once and unless unwanted, and say where."""
     if job.is_equalized or not job.config.equalize:
         return
-    few = Feed(job.batches).subset(EQUALIZE_SAMPLES, job.config.seed)
+    few = Feed(job.batches).subset(min(EQUALIZE_SAMPLES, -(-weight_samples(job) // 2)), job.config.seed)
     with phases("equalize"):
         teacher = mirror.build(job.graph).to(job.config.device)
         job.report.equalized = equalize(job.graph, teacher, job.plan, job.layers, few)
@@ -648,14 +674,12 @@ def equalized(job: Job, phases: Phases) -> None:
 def unmeasured(job: Job) -> Mixed:
     """What widths can be chosen from, without losses; enough to say what fits."""
     config = job.config
-    teacher = mirror.build(job.graph).to(config.device)
-    counts = resources.elements(teacher, calibrate.feed(teacher, next(iter(job.batches))))
     return Mixed(
         job.graph,
         job.plan,
         job.groups,
         job.target.storage,
-        counts,
+        job.counts,
         metadata=lambda plan: metadata(replace(job.report, coverage=measure_coverage(job.graph, plan))),
         opset=config.opset,
         table=None if config.cost_table is None else resources.read_costs(config.cost_table),
@@ -677,7 +701,7 @@ def explored(job: Job, phases: Phases) -> tuple[Mixed, calibrate.Stats | None]:
         teacher, batches, graph = make_teacher(job)
         stats = observed(job, teacher, batches, graph, phases)
         batch = gradient_batch(job, graph, 32)
-        judged = weight_samples(job.batches)
+        judged = weight_samples(job)
         some = batches.subset(min(job.batches.num_samples, judged + FIT_SAMPLES), config.seed)
         setting = sensitivity.Setting(
             graph,
@@ -749,7 +773,7 @@ def load_samples(teacher: mirror.Mirror, batches: Feed) -> list[torch.Tensor]:
 def fitted_batch(job: Job, most: int) -> int:
     """Samples to take gradients of together: at most so many, fewer large ones, and a multiple of what the model fixes."""
     fixed = job.batches.batch_size if has_fixed_batch(job) else 1
-    return max(1, min(most, LEARN_ELEMENTS // sample_elements(job.batches)) // fixed) * fixed
+    return max(1, min(most, LEARN_ELEMENTS // sample_elements(job)) // fixed) * fixed
 
 
 def runs_alone(job: Job, graph: gs.Graph) -> bool:
@@ -851,7 +875,7 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
     with graphs.staging(output) as staged:
         staged.write(written)
         with phases("verify"):
-            count = max(1, min(PARITY_SAMPLES, PARITY_SAMPLES * IMAGE_ELEMENTS // sample_elements(job.batches)))
+            count = max(1, min(PARITY_SAMPLES, PARITY_SAMPLES * IMAGE_ELEMENTS // sample_elements(job)))
             few = job.batches.subset(count, job.config.seed)
             report.parity = verify.check_parity(
                 staged.path, student, job.plan, job.layers, quantized, few, report.threads
@@ -859,7 +883,10 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
         onnx.helper.set_model_props(written, {**_properties(written), **metadata(report)})
         staged.set_metadata(_properties(written))
         with phases("compare"):
-            some = job.batches.subset(FIDELITY_SAMPLES, job.config.seed)
+            many = max(
+                LEAST_FIDELITY, min(FIDELITY_SAMPLES, 2 * FIDELITY_SAMPLES * IMAGE_ELEMENTS // sample_elements(job))
+            )
+            some = job.batches.subset(many, job.config.seed)
             report.fidelity = verify.measure_fidelity(
                 job.source,
                 staged.path,

@@ -307,16 +307,34 @@ def test_what_an_old_opset_lacks_is_said_before_any_data_is_read() -> None:
         quantize(parse(text, w=W(5, 5)), Path("nowhere"), opset=13, weight_bits=8)
 
 
-def test_layers_that_lie_in_a_branch_alone_are_named() -> None:
-    nodes = "s = ReduceSum <keepdims=0> (x) c = Greater(s, zero) y = Relu(x)"
-    model = parse(f"(float[N,4] x) => (float[N,4] y) {{ {nodes} }}", zero=np.float32(0))
-    branches = {}
+def branching(text: str, op: str, source: str, **constants: Any) -> onnx.ModelProto:
+    """The model whose last node becomes an If on `c`; both branches compute `op` of `source` and a constant `w` of their own."""
+    model, branches = parse(text, **constants), {}
     for name in ("then_branch", "else_branch"):
-        nodes = [onnx.helper.make_node("MatMul", ["x", "w"], [f"{name}_y"], f"{name}_matmul")]
+        nodes = [onnx.helper.make_node(op, [source, "w"], [f"{name}_y"], f"{name}_node")]
         result = onnx.helper.make_tensor_value_info(f"{name}_y", onnx.TensorProto.FLOAT, None)
         weight = onnx.numpy_helper.from_array(W(4, 4), "w")
         branches[name] = onnx.helper.make_graph(nodes, name, [], [result], [weight])
     model.graph.node[-1].CopyFrom(onnx.helper.make_node("If", ["c"], ["y"], "either", **branches))
+    return model
+
+
+@pytest.mark.parametrize("options", [{"method": "rtn"}, {"method": "eptq", "steps": 4}], ids=["rtn", "learned"])
+def test_a_branch_that_one_sample_decides(options: dict[str, Any]) -> None:
+    """Several samples in one run would have several conditions."""
+    nodes = "h = MatMul(x, v) s = ReduceSum <keepdims=0> (h, axes) c = Greater(s, zero) y = Relu(h)"
+    text = f"(float[1,4] x) => (float[A,B] y) {{ {nodes} }}"
+    model = branching(text, "MatMul", "h", v=W(4, 4), axes=np.array([1]), zero=np.float32(0))
+    data = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    result = quantize(model, data, threads=1, **options)
+    assert result.report.coverage.quantized_layers == 1
+    assert result.report.fidelity.sqnr_db["y"] > 20
+
+
+def test_layers_that_lie_in_a_branch_alone_are_named() -> None:
+    nodes = "s = ReduceSum <keepdims=0> (x) c = Greater(s, zero) y = Relu(x)"
+    text = f"(float[N,4] x) => (float[N,4] y) {{ {nodes} }}"
+    model = branching(text, "MatMul", "x", zero=np.float32(0))
     with pytest.raises(ModelError, match="those inside of If 'either' stay as they are"):
         quantize(model, {"x": np.zeros((4, 4), np.float32)}, threads=1)
 

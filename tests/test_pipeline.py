@@ -401,6 +401,32 @@ def test_raw_pixels_are_warned_about_unless_asked_for(tmp_path: Path) -> None:
     assert not quantize(DIGITS, CALIB, preset="raw", num_samples=32, threads=1).report.warnings
 
 
+@pytest.mark.parametrize(("bias", "warned"), [(-6.0, True), (0.0, False)])
+def test_a_score_that_no_sample_raises_is_warned_about(bias: float, warned: bool) -> None:
+    text = "(float[N,4] x) => (float[N,1] y) { h = Gemm(x, w, b) y = Sigmoid(h) }"
+    model = models.parse(text, w=models.weights(0)(4, 1), b=np.array([bias], np.float32))
+    data = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    warnings = quantize(model, data, method="rtn", threads=1).report.warnings
+    assert any("'y' is a score between 0 and 1" in warning for warning in warnings) == warned
+
+
+@pytest.mark.parametrize(("channels", "together", "judging"), [(2, 32, 64), (48, 32, 32), (128, 12, 24), (512, 3, 8)])
+def test_large_activations_are_run_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, channels: int, together: int, judging: int
+) -> None:
+    """A sample is as large as its largest activation where that exceeds its input by far."""
+    monkeypatch.setattr(pipeline, "IMAGE_ELEMENTS", 3 * 8 * 8)
+    nodes = f"h = Conv <pads=[1,1,1,1]> (x, w) y = Conv <group={channels}> (h, w)"
+    model = models.parse(
+        f"(float[N,1,8,8] x) => (float[N,{channels},6,6] y) {{ {nodes} }}", w=np.ones((channels, 1, 3, 3), np.float32)
+    )
+    data = np.zeros((80, 1, 8, 8), np.float32)
+    job = pipeline.begin(model, data, threads=1)
+    assert job.batches.batch_size == together
+    assert pipeline.weight_samples(job) == judging
+    assert pipeline.begin(model, data, threads=1, batch_size=5).batches.batch_size == 5
+
+
 def test_random_data_must_be_asked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no calibration data is given"):
         quantize(DIGITS, None, threads=1)
