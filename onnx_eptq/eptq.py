@@ -70,6 +70,7 @@ class Problem:
     seed: int = 0
     multiple: int = 1  # the model takes multiples of so many samples
     chunk: int = 0  # and runs so many at a time; 0: as many as there are
+    mapped: bool = False  # it takes one sample, but learning can map it over several
     views: int | None = 1  # of each image that are learned from; None: more, the fewer images there are
     cache_bytes: int = 2**30
     compile: bool = False
@@ -79,6 +80,11 @@ class Problem:
     def together(self) -> int:
         """Samples of one run of a mirror."""
         return self.chunk or self.effort.batch
+
+    @property
+    def learned_together(self) -> int:
+        """Samples of one run of what learns, and of its teacher."""
+        return self.effort.batch if self.mapped else self.together
 
 
 @dataclass
@@ -102,16 +108,23 @@ class Judge:
     """
 
     def __init__(
-        self, teacher: Mirror, graph: gs.Graph, targets: Sequence[str], samples: list[Tensor], batch: int
+        self,
+        teacher: Mirror,
+        graph: gs.Graph,
+        targets: Sequence[str],
+        samples: list[Tensor],
+        batch: int,
+        mapped: bool = False,
     ) -> None:
-        self.targets, self.samples, self.batch = targets, samples, batch
+        self.targets, self.samples, self.batch, self.mapped = targets, samples, batch, mapped
         self.axes = distributed(graph, targets)
         self.expected = self._outputs(teacher)
 
     @torch.no_grad()
     def _outputs(self, mirror: Mirror) -> list[Tensor]:
         raw = pieces.raw_nodes(mirror)
-        run = pieces.function(mirror, pieces.placeholders(mirror), [raw[name] for name in self.targets])
+        wanted = [raw[name] for name in self.targets]
+        run = pieces.function(mirror, pieces.placeholders(mirror), wanted, mapped=self.mapped)
         count = len(self.samples[0])
         parts = [run(*[x[i : i + self.batch] for x in self.samples]) for i in range(0, count, self.batch)]
         return [_joined(tensors) for tensors in zip(*parts, strict=True)]
@@ -450,13 +463,13 @@ class _Piece:
         ]
         nodes = pieces.needed_nodes(inputs[0], outputs[0])
         self.parts = install(student, problem, piece, stage, nodes, done)
-        self.student = pieces.function(student, inputs[0], outputs[0])
-        self.teacher = pieces.function(teacher, inputs[1], outputs[1])
+        self.student = pieces.function(student, inputs[0], outputs[0], mapped=problem.mapped)
+        self.teacher = pieces.function(teacher, inputs[1], outputs[1], mapped=problem.mapped)
         self.ours, self.theirs = ([kept[name] for name in piece.inputs] for kept in (ours, theirs))
         if first:
             self.ours = self.theirs = list(problem.samples)
         self.cache = (cache or Cache()).of((*wanted, *crossing), len(self.theirs[0]), self._cached)
-        first_batch = torch.split(torch.arange(min(problem.effort.batch, len(self.ours[0]))), problem.together)
+        first_batch = torch.split(torch.arange(min(problem.effort.batch, len(self.ours[0]))), problem.learned_together)
         found = [self._expected(chunk) for chunk in first_batch]
         few = [_joined(values) for values in zip(*found, strict=True)]
         self.coefficients = _coefficients(problem, stage, few[: len(few) - self.distributions], self.layers)
@@ -470,24 +483,28 @@ class _Piece:
     @torch.no_grad()
     def _cached(self) -> list[Tensor] | None:
         """The teacher's values for all samples, if they fit."""
-        batch, count = self.problem.together, len(self.theirs[0])
+        batch, count = self.problem.learned_together, len(self.theirs[0])
         first = self.teacher(*[x[:batch] for x in self.theirs])
         size = sum(value.numel() * value.element_size() for value in first) / min(batch, count) * count
-        if size > self.problem.cache_bytes or any(not value.ndim or len(value) != min(batch, count) for value in first):
+        shares = [len(value) // min(batch, count) if value.ndim else 0 for value in first]
+        uneven = (rows < 1 or len(x) != rows * min(batch, count) for rows, x in zip(shares, first, strict=True))
+        if size > self.problem.cache_bytes or any(uneven) or (set(shares) != {1} and not self.problem.mapped):
             return None
         kept = [
-            torch.empty(count, *x.shape[1:], dtype=x.dtype, device=x.device, memory_format=_layout(x)) for x in first
+            torch.empty(count * rows, *x.shape[1:], dtype=x.dtype, device=x.device, memory_format=_layout(x))
+            for rows, x in zip(shares, first, strict=True)
         ]
         for start in range(0, count, batch):
-            for place, value in zip(kept, self.teacher(*[x[start : start + batch] for x in self.theirs]), strict=True):
-                place[start : start + batch] = value
+            values = self.teacher(*[x[start : start + batch] for x in self.theirs])
+            for place, rows, value in zip(kept, shares, values, strict=True):
+                place[start * rows : (start + batch) * rows] = value
         return kept
 
     @torch.no_grad()
     def _expected(self, index: Tensor) -> Sequence[Tensor]:
-        if self.cache is not None:
-            return [value[index] for value in self.cache]
-        return self.teacher(*[x[index] for x in self.theirs])
+        if self.cache is None:
+            return self.teacher(*[x[index] for x in self.theirs])
+        return [_of_samples(value, index, len(self.theirs[0])) for value in self.cache]
 
     def _penalties(self) -> dict[str, float]:
         """What each weight's regulariser counts: as much as its layer's error under sla, else the same."""
@@ -546,7 +563,7 @@ class _Piece:
         self.parts.schedule(self.stage, step / steps)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.ours[0].device)
-        for part in torch.split(index, self.problem.together):
+        for part in torch.split(index, self.problem.learned_together):
             loss = self.loss(part, step, steps) * (len(part) / len(index))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
@@ -558,6 +575,11 @@ class _Piece:
     def undecided(self) -> tuple[int, int]:
         counts = [weight.undecided() for weight in self.parts.weights.values()]
         return sum(count for count, _ in counts), sum(total for _, total in counts)
+
+
+def _of_samples(x: Tensor, index: Tensor, count: int) -> Tensor:
+    """The rows of some of `count` samples, which have as many each, one sample behind the other."""
+    return x[index] if len(x) == count else x.reshape(count, -1, *x.shape[1:])[index].flatten(0, 1)
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -609,7 +631,14 @@ class Learner:
         samples, held = split(problem.samples, problem.seed, problem.multiple)
         self.images = len(samples[0])  # views come behind them; the closed-form start needs samples as they really are
         problem.samples = with_views(samples, count_views(samples, problem.views, problem.cache_bytes), problem.seed)
-        self.judge = Judge(problem.teacher, problem.graph, judged_targets(problem.graph), held, problem.together)
+        self.judge = Judge(
+            problem.teacher,
+            problem.graph,
+            judged_targets(problem.graph),
+            held,
+            problem.learned_together,
+            problem.mapped,
+        )
         self.best: Tensors = {}
         self.losses = torch.empty(0, dtype=torch.float64)  # of the best, per held-out sample
         self.stage = self.piece = self.step = 0

@@ -88,9 +88,15 @@ class Quantized(NamedTuple):
 class _RoundStraightThrough(torch.autograd.Function):
     """Round half to even; the gradient passes unchanged (straight-through estimator)."""
 
+    generate_vmap_rule = True  # `pieces.function` may map it over samples
+
     @staticmethod
-    def forward(_ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return torch.round(x)
+
+    @staticmethod
+    def setup_context(_ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(_ctx: Any, *gradients: Tensor) -> Tensor:
@@ -137,16 +143,22 @@ def dequantize(integers: Tensor, qparams: QParams, grid: Grid) -> Tensor:
 class _FakeQuantize(torch.autograd.Function):
     """`fake_quantize` with its gradient written out: a third of the memory traffic of recording each operation."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-        out, bounds = (
-            _by_numbers(x, scale, zero_point, grid)
-            if _one_number(x, scale)
-            else _by_tensors(x, scale, zero_point, grid)
-        )
-        ctx.grid, ctx.bounds = grid, bounds
-        ctx.save_for_backward(x, out, scale)
-        return out
+    def forward(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+        s, z = _factors(x, scale, zero_point, grid)
+        out = (x / s).round_()
+        if isinstance(z, Tensor) or z:  # hardtanh clamps, and unlike clamp_ it can be mapped
+            return torch.nn.functional.hardtanh_(out.add_(z), grid.qmin, grid.qmax).sub_(z).mul_(s)
+        return torch.nn.functional.hardtanh_(out, grid.qmin, grid.qmax).mul_(s)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Grid], output: Tensor) -> None:
+        x, scale, zero_point, grid = inputs
+        s, z = _factors(x, scale, zero_point, grid)
+        ctx.grid, ctx.bounds = grid, ((grid.qmin - 0.5 - z) * s, (grid.qmax + 0.5 - z) * s)
+        ctx.save_for_backward(x, output, scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -171,20 +183,11 @@ def _one_number(x: Tensor, scale: Tensor) -> bool:
     return scale.ndim == 0 and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _by_numbers(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> tuple[Tensor, tuple[float, float]]:
-    s, z = float(scale), int(zero_point)
-    out = (x / s).round_()
-    if z:
-        out.add_(z).clamp_(grid.qmin, grid.qmax).sub_(z)
-    else:
-        out.clamp_(grid.qmin, grid.qmax)
-    return out.mul_(s), ((grid.qmin - 0.5 - z) * s, (grid.qmax + 0.5 - z) * s)
-
-
-def _by_tensors(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    s, z = along(scale, grid.axis, x.ndim), along(zero_point, grid.axis, x.ndim).to(x.dtype)
-    out = (x / s).round_().add_(z).clamp_(grid.qmin, grid.qmax).sub_(z).mul_(s)
-    return out, ((grid.qmin - 0.5 - z) * s, (grid.qmax + 0.5 - z) * s)
+def _factors(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> tuple[float, int] | tuple[Tensor, Tensor]:
+    """Scale and zero point, as numbers where they can be read as such."""
+    if _one_number(x, scale):
+        return float(scale), int(zero_point)
+    return along(scale, grid.axis, x.ndim), along(zero_point, grid.axis, x.ndim).to(x.dtype)
 
 
 def flat(x: Tensor) -> Tensor:

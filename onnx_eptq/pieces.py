@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from onnx_eptq import graph as graphs
-from onnx_eptq.mirror import Mirror
+from onnx_eptq.errors import ModelError
+from onnx_eptq.mirror import Mirror, same_values
 from onnx_eptq.plan import Layer, role_of
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -74,8 +75,14 @@ def needed_nodes(inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> set[f
     return needed
 
 
-def function(mirror: Mirror, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Function:
-    """A function of the values of `inputs` that returns those of `outputs`; it reads the mirror's modules as they are."""
+def function(
+    mirror: Mirror, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node], *, mapped: bool = False
+) -> Function:
+    """A function of the values of `inputs` that returns those of `outputs`; it reads the mirror's modules as they are.
+
+    A `mapped` function takes any number of samples of a mirror that takes one at a time, and returns what the mirror does of
+    each, one behind the other along axis 0.
+    """
     graph, copies = fx.Graph(), {}
     needed = needed_nodes(inputs, outputs)
     for node in inputs:
@@ -92,7 +99,43 @@ def function(mirror: Mirror, inputs: Sequence[fx.Node], outputs: Sequence[fx.Nod
     def run(*values: Tensor) -> tuple[Tensor, ...]:
         return forward(mirror, *values)
 
-    return run
+    def run_one(*values: Tensor) -> tuple[Tensor, ...]:
+        return forward(mirror, *[value[None] for value in values])
+
+    def run_each(*values: Tensor) -> tuple[Tensor, ...]:
+        found = torch.func.vmap(run_one, randomness="different")(*values)
+        return tuple(x.flatten(0, 1) if x.ndim > 1 else x for x in found)
+
+    return run_each if mapped else run
+
+
+def can_map(mirror: Mirror, samples: Sequence[Tensor]) -> bool:
+    """Whether a `mapped` function of a mirror that takes one sample at a time computes of several what the mirror does of each.
+
+    Gradients are tried, too, as learning needs them.
+    """
+    inputs, raw = placeholders(mirror), raw_nodes(mirror)
+    outputs = [raw[name] for name in mirror.output_names if name in raw]
+    together, alone = (function(mirror, inputs, outputs, mapped=mapped) for mapped in (True, False))
+    few = [x[:3].detach().clone() for x in samples]
+    floats = [x.requires_grad_() for x in few if x.is_floating_point()]
+    try:
+        found = together(*few)
+        ends = [x.sum() for x in found if x.requires_grad]
+        if ends and floats:
+            torch.autograd.grad(sum(ends[1:], ends[0]), floats, allow_unused=True)
+    except (
+        RuntimeError,
+        IndexError,
+        ValueError,
+        TypeError,
+        ModelError,
+    ):  # an island, a value that Python needs to know, ...
+        return False
+    with torch.no_grad():
+        each = [alone(*[x[i : i + 1] for x in few]) for i in range(len(few[0]))]
+        expected = [torch.cat([x if x.ndim else x[None] for x in parts]) for parts in zip(*each, strict=True)]
+    return bool(outputs) and all(same_values(a.detach(), b) for a, b in zip(found, expected, strict=True))
 
 
 def placeholders(mirror: Mirror) -> list[fx.Node]:

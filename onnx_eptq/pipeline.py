@@ -21,7 +21,19 @@ import onnx_graphsurgeon as gs
 import torch
 
 import onnx_eptq
-from onnx_eptq import calibrate, checkpoint, compensate, eptq, hessian, mirror, resources, sensitivity, threads, verify
+from onnx_eptq import (
+    calibrate,
+    checkpoint,
+    compensate,
+    eptq,
+    hessian,
+    mirror,
+    pieces,
+    resources,
+    sensitivity,
+    threads,
+    verify,
+)
 from onnx_eptq import data as sources
 from onnx_eptq import graph as graphs
 from onnx_eptq.config import Config
@@ -816,20 +828,28 @@ def has_fixed_batch(job: Job) -> bool:
     return mirror.feeds_whole(job.graph) or any(isinstance(tensor.shape[0], int) for tensor in job.graph.inputs)
 
 
+def can_map(job: Job, ready: Ready, samples: Sequence[torch.Tensor]) -> bool:
+    """Whether learning may take several samples at once although the model takes one at a time."""
+    mirrors = (ready.teacher, ready.student)
+    return job.batches.batch_size == 1 and not job.config.compile and all(pieces.can_map(m, samples) for m in mirrors)
+
+
 def learning_problem(job: Job, ready: Ready, method: Method | None = None) -> eptq.Problem:
     """What `eptq.Learner` learns from; `method` other than the one asked for is for experiments."""
-    config = job.config
+    config, alone = job.config, runs_alone(job, ready.graph)
+    samples = load_samples(ready.teacher, ready.batches)
     return eptq.Problem(
         ready.graph,
         job.plan,
         linear_layers(ready.graph),
         ready.teacher,
-        load_samples(ready.teacher, ready.batches),
+        samples,
         method or METHODS[config.method],
         effort_for(job, ready),
         seed=config.seed,
         multiple=job.batches.batch_size if has_fixed_batch(job) else 1,
-        chunk=job.batches.batch_size if runs_alone(job, ready.graph) else 0,
+        chunk=job.batches.batch_size if alone else 0,
+        mapped=alone and can_map(job, ready, samples),
         views=config.views,
         cache_bytes=config.cache_mb * 2**20,
         compile=config.compile,

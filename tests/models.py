@@ -397,6 +397,17 @@ def run_ort(
     return dict(zip(names, session.run(names, dict(feed)), strict=True))
 
 
+def collapsed() -> onnx.ModelProto:
+    """An attention over the six rows of the one sample that the model takes: no axis of samples is left within."""
+    draw = weights(3)
+    return parse(
+        """(float[1,6,8] x) => (float[1,3] y) {
+          f = Reshape(x, rows) q = MatMul(f, a) t = Transpose <perm=[1,0]> (f) s = MatMul(q, t) p = Softmax <axis=-1> (s)
+          m = MatMul(p, f) h = Gemm(m, b, c) r = Relu(h) g = ReduceMean <keepdims=1> (r, first) y = MatMul(g, d) }""",
+        rows=np.array([6, 8]), a=draw(8, 8), b=draw(8, 16), c=f32(*[0.1] * 16), first=np.array([0]), d=draw(16, 3),
+    )  # fmt: skip
+
+
 def prepared(proto: onnx.ModelProto) -> gs.Graph:
     graph = og.load(proto)
     prepare(graph)

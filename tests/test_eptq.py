@@ -172,6 +172,26 @@ def test_steps_in_chunks_are_steps_of_the_whole_batch(method):
         assert students[1][1][name] == pytest.approx(distance, rel=0.05)
 
 
+@pytest.mark.parametrize("method", ["eptq", "eptq-v1", "eptq-v2", "adaquant", "qdrop"])
+def test_mapped_steps_are_steps_of_one_sample_after_another(method):
+    """Also where values within the model have no axis of samples; QDrop draws otherwise, but learns."""
+    students = []
+    for mapped in (False, True):
+        found = models.quantize(models.collapsed(), Rules(3, 8))
+        problem = replace(models.problem(found, method, steps=5), chunk=1, mapped=mapped)
+        problem.effort = replace(problem.effort, batch=16)
+        learner = Learner(problem, found.student)
+        losses = torch.stack(list(learner))
+        assert learner.running is None
+        students.append((losses, learner.learning.distances))
+    if method == "qdrop":
+        assert students[1][0].isfinite().all()
+        return
+    torch.testing.assert_close(students[0][0], students[1][0], rtol=1e-3, atol=1e-5)
+    for name, distance in students[0][1].items():
+        assert students[1][1][name] == pytest.approx(distance, rel=0.05)
+
+
 def test_falling_rates_shrink_with_the_batch():
     """By the square root of its share of 32; constant rates, as published methods have them, stay."""
     for method, share in (("eptq", 0.5), ("eptq-v1", 1.0)):

@@ -381,3 +381,24 @@ def test_bias_gradients():
 
 def test_with_bits_keeps_the_rest():
     assert Grid(8, True, 1).with_bits(4) == Grid(4, True, 1)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_fake_quantize_and_its_gradients_can_be_mapped(axis):
+    """Over samples, as torch.func.vmap does it: the same values, and the same sums of gradients."""
+    grid = Grid(4, axis is not None, axis)
+    scale = torch.tensor(0.3) if axis is None else torch.tensor([0.3, 0.1, 0.2])
+    zero = torch.full_like(scale, 0 if grid.signed else 5, dtype=torch.int32)
+    x = torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(0))
+    found = []
+    for mapped in (False, True):
+        inputs = x.clone().requires_grad_(), scale.clone().requires_grad_()
+
+        def one(sample, step=inputs[1]):
+            return fake_quantize(sample, QParams(step, zero), grid)
+
+        out = torch.func.vmap(one)(inputs[0]) if mapped else torch.stack([one(sample) for sample in inputs[0]])
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), inputs)))
+    assert torch.equal(found[0][0], found[1][0])
+    for a, b in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,15 +1,17 @@
 """Parts of a mirror: where the cuts lie, and that the parts together are the whole."""
 
 import itertools
+import re
 
+import numpy as np
 import pytest
 import torch
 
 import models
 from models import MODELS, parse, prepared, weights
 from onnx_eptq import pieces
-from onnx_eptq.mirror import Probe
-from onnx_eptq.plan import linear_layers, role_of
+from onnx_eptq.mirror import Probe, build
+from onnx_eptq.plan import Rules, linear_layers, role_of
 
 
 def values_of(mirror, samples):
@@ -206,3 +208,37 @@ def test_names_are_those_of_the_graph_in_order():
     order = {node.name: i for i, node in enumerate(found.graph.nodes)}
     for one, two in itertools.pairwise(parts):
         assert max(order[layer.node.name] for layer in one.layers) < min(order[x.node.name] for x in two.layers)
+
+
+def whole_functions(mirror):
+    inputs, outputs = pieces.placeholders(mirror), list(pieces.raw_nodes(mirror).values())
+    return (pieces.function(mirror, inputs, outputs, mapped=mapped) for mapped in (True, False))
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_a_mapped_function_does_of_each_sample_what_the_mirror_does(bits):
+    found = models.quantize(models.collapsed(), Rules(bits, 8))
+    samples = models.samples_of(found, 5)
+    for mirror in (found.teacher, found.student):
+        assert pieces.can_map(mirror, samples)
+        together, alone = whole_functions(mirror)
+        each = [alone(*[x[i : i + 1] for x in samples]) for i in range(5)]
+        for a, b in zip(together(*samples), zip(*each, strict=True), strict=True):
+            assert a.shape[1:] == b[0].shape[1:]
+            torch.testing.assert_close(a, torch.cat(b))
+
+
+UNMAPPED = {
+    "an island": "h = MatMul(x, w) m = Reshape(h, seq) s, l = GRU <hidden_size=4> (m, v, u) f = Reshape(l, flat) y = Add(h, f)",
+    "values that decide a size": "h = MatMul(x, w) n = NonZero(h) c = Cast <to=1> (n) y = ReduceSum <keepdims=0> (c, axes)",
+}
+
+
+@pytest.mark.parametrize("name", UNMAPPED)
+def test_what_cannot_be_mapped(name):
+    draw = weights(0)
+    constants = {"w": draw(6, 4), "v": draw(1, 12, 1), "u": draw(1, 12, 4), "axes": np.array([0])}
+    constants |= {"seq": np.array([4, 1, 1]), "flat": np.array([1, 4])}
+    used = {key: value for key, value in constants.items() if re.search(rf"\b{key}\b", UNMAPPED[name])}
+    mirror = build(prepared(parse(f"(float[1,6] x) => (float[A,B] y) {{ {UNMAPPED[name]} }}", **used)))
+    assert not pieces.can_map(mirror, [torch.randn(4, 6)])

@@ -214,7 +214,7 @@ def _json(text: str) -> Any:
 
 
 def _widths(text: str) -> list[tuple[int, int]]:
-    found = [re.fullmatch(r"w(\d)a(\d)", part) for part in text.split(",")]
+    found = [re.fullmatch(r"w(\d)a(\d)", part) for part in text.split(",") if text]
     if not all(found):
         raise argparse.ArgumentTypeError(f"wanted widths such as w8a8,w4a8; found {text!r}")
     return [(int(match[1]), int(match[2])) for match in found if match]
@@ -236,7 +236,7 @@ def shown(row: Row) -> list[object]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--beds", type=Path, default=os.environ.get("ONNX_EPTQ_BEDS"), help="default: $ONNX_EPTQ_BEDS")
-    parser.add_argument("--widths", type=_widths, default="w8a8,w4a8")
+    parser.add_argument("--widths", type=_widths, default="w8a8,w4a8", help="uniform ones; '' for none")
     parser.add_argument("--compressions", type=_ratios, default=[], help="mixed precision at these ratios to float32")
     parser.add_argument("--only", help="names of beds, separated by commas")
     parser.add_argument("--method", default="rtn")
