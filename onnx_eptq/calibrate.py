@@ -401,6 +401,14 @@ def calibrate(
             if histogram.min > histogram.max:
                 log.warning("no data reached '%s'; its scale is 1", value)
                 histogram.update(torch.tensor([0.0, 255.0]))
+            if (
+                histogram.min == histogram.max == 0
+            ):  # a state before the first step: what it will be in use is not known
+                low, high = (
+                    end if end is not None else other for end, other in zip(point.limits, (-1.0, 1.0), strict=True)
+                )
+                qparams[value] = affine_qparams(max(low, -1.0), min(high, 1.0), point.grid)
+                continue
             chosen = CALIBRATORS["minmax" if point.whole_range else method]
             qparams[value] = chosen(histogram, point.grid, point.limits, (seen or {}).get(value, torch.clone))
             if float(qparams[value].scale) < point.least_scale:
@@ -525,18 +533,33 @@ def correct_biases(student: Mirror, teacher: Mirror, plan: Plan, layers: Iterabl
 
 @torch.no_grad()
 def fit_biases(student: Mirror, plan: Plan) -> list[str]:
-    """Raise weight scales so that every bias fits its int32 grid with room for the products; returns the weights touched.
+    """Raise scales so that every bias fits its int32 grid with room for the products; returns the values touched.
 
-    A channel of (nearly) zero weights has a tiny scale, and its bias would overflow `bias / (s_x * s_w)`.
+    A channel of (nearly) zero weights has a tiny scale, and its bias would overflow `bias / (s_x * s_w)`: the scale of the
+    weight is raised. Where layers share a weight, the widest of their inputs decides that; narrower ones are raised instead,
+    as what one of them sees must not cost the others their weights.
     """
-    touched = []
+    touched = set()
+    readers: dict[tuple[str, str], list[Tensor]] = {}
     for point in plan.values():
-        if point.scale_from is None:
-            continue
-        source, weight = (student.scale(name) for name in point.scale_from)
-        needed = student.constant(point.value).abs() / MAX_BIAS / source
-        needed = needed if plan[point.scale_from[1]].grid.axis is not None else needed.max()
-        if bool((needed > weight).any()):
-            weight.copy_(torch.maximum(weight, needed))
-            touched.append(point.scale_from[1])
-    return touched
+        if point.scale_from is not None:
+            readers.setdefault(point.scale_from, []).append(student.constant(point.value).abs() / MAX_BIAS)
+    sources: dict[str, list[str]] = {}
+    for pair in readers:
+        sources.setdefault(pair[1], []).append(pair[0])
+    for name, names in sources.items():
+        weight = student.scale(name)
+        widest = max((student.scale(source) for source in names), key=float)
+        for least in (least for source in names for least in readers[source, name]):
+            needed = least / widest
+            needed = needed if plan[name].grid.axis is not None else needed.max()
+            if bool((needed > weight).any()):
+                weight.copy_(torch.maximum(weight, needed))
+                touched.add(name)
+        for source in names:
+            scale = student.scale(source)
+            needed = torch.stack([(least / weight).max() for least in readers[source, name]]).max()
+            if scale < widest and needed > scale:
+                scale.copy_(needed)
+                touched.add(source)
+    return sorted(touched)

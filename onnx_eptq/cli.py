@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -214,11 +215,7 @@ def quantize(
     """
     _log(verbose, quiet)
     given = _given(locals())
-    for path in (plan_out, save_config):
-        if path and path.is_dir():
-            raise UsageError(f"cannot write {path}: it is a folder")
-        if path and not path.absolute().parent.is_dir():
-            raise UsageError(f"cannot write {path}: its folder does not exist")
+    _check_texts({"--plan-out": plan_out, "--save-config": save_config}, {"the model": model, "-o": output})
     try:
         flags = _Flags(dry_run, strict, resume, as_json, quiet)
         _run(model, data, output, given, (plan_in, plan_out), config, save_config, flags)
@@ -325,12 +322,12 @@ def _run(
     else:
         result = pipeline.quantize(model, data, output, resume=flags.resume, **options)
         plan, report = result.plan, result.report
-    if plan_out:
-        _write(plan_out, plan.to_json())
     if flags.as_json:
         typer.echo(report.to_json())
     elif not flags.quiet:
         typer.echo(str(report))
+    if plan_out:
+        _write(plan_out, plan.to_json())
 
 
 def _log(verbose: int, quiet: bool) -> None:
@@ -409,6 +406,23 @@ def _read(path: Path) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path}: {error}") from None
+
+
+def _check_texts(texts: Mapping[str, Path | None], models: Mapping[str, Path | None]) -> None:
+    """Raise UsageError where a text file could not be written, or would replace another file of the run."""
+    taken = {path.resolve(): option for option, path in models.items() if path}
+    for option, path in texts.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UsageError(f"cannot write {path}: it is a folder")
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"cannot write {path}: its folder does not exist")
+        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            raise UsageError(f"cannot write {path}: no permission")
+        other = taken.setdefault(path.resolve(), option)
+        if other != option:
+            raise UsageError(f"{option} and {other} name the same file {path}; choose another name")
 
 
 def _write(path: Path, text: str) -> None:

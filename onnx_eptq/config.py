@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from onnx_eptq.errors import UsageError
 
 BUDGETS = ("compression", "max_weight_bytes", "max_size", "max_activation_memory", "max_bops", "max_cost")
+
+
+PathText = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
 
 
 class Config(BaseModel):
@@ -64,12 +68,14 @@ class Config(BaseModel):
     max_size: int | None = Field(None, gt=0, description="Budget: bytes of the whole file")
     max_activation_memory: int | None = Field(None, gt=0, description="Budget: bytes of activations alive at once")
     max_bops: float | None = Field(None, gt=0, description="Budget: bit operations of one sample")
-    cost_table: str | None = Field(None, description="JSON file that says what layers cost at which bits")
+    cost_table: PathText | None = Field(None, description="JSON file that says what layers cost at which bits")
     max_cost: float | None = Field(None, gt=0, description="Budget: sum of the costs in cost_table")
     sensitivity: Literal["local", "output"] = Field(
         "local", description="How the loss at each width is measured: local error weighted by LFH, or at the outputs"
     )
-    sensitivity_cache: str | None = Field(None, description="Folder of measured sensitivities; the user's by default")
+    sensitivity_cache: PathText | None = Field(
+        None, description="Folder of measured sensitivities; the user's by default"
+    )
     solver_seconds: float = Field(60.0, gt=0, description="How long the choice of widths may take")
     keep_float: tuple[str, ...] = Field((), description="Layers, operators or tensors kept float, by name pattern")
     num_samples: int | None = Field(None, ge=1, description="Calibration samples to use; all by default")

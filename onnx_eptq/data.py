@@ -35,6 +35,7 @@ Feed = dict[str, Array]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 CHANNEL_AXIS = {"nchw": 1, "nhwc": 3}
+FAR, FEW = 20.0, 0.1  # times the median by which a sample stands out, and the share of samples that can
 ACCEPTED = "a folder of images, of .npy or .npz files or of ONNX test_data_set_* folders, an .npy file or an .npz file"
 
 
@@ -483,6 +484,11 @@ class Batches:
         self._found, self._chosen, self._inputs, self._whole = found, chosen, inputs, whole
         self._ends = list(itertools.accumulate(record.rows for record in found.records))
 
+    @property
+    def are_images(self) -> bool:
+        """Whether the samples come from image files, and through the preprocessing."""
+        return self._found.images
+
     def describe(self) -> str:
         """Return what was found and how much of it is used, such as "256 of 1024 PNG images in calib"."""
         total = self._ends[-1]
@@ -685,6 +691,32 @@ class FeedRange(NamedTuple):
     std: float
 
 
+class Sizes:
+    """The largest magnitude of each sample, per float input, taken while batches go by."""
+
+    def __init__(self) -> None:
+        self.largest: dict[str, list[float]] = {}
+
+    def watch(self, batches: Iterable[Feed], whole: bool) -> Iterator[Feed]:
+        """Yield the batches; with `whole` each of them is one sample."""
+        for batch in batches:
+            for name, array in batch.items():
+                if array.dtype.kind == "f" and array.size:
+                    rows = np.abs(array).reshape(1 if whole else len(array), -1)
+                    self.largest.setdefault(name, []).extend(rows.max(1).tolist())
+            yield batch
+
+    def outliers(self) -> dict[str, tuple[int, float]]:
+        """Per input: how many samples reach `FAR` times as far as most, if they are few, and how far the largest one does."""
+        found = {}
+        for name, largest in self.largest.items():
+            usual = float(np.median(largest))
+            count = sum(size > FAR * usual for size in largest)
+            if usual and 0 < count <= len(largest) * FEW:
+                found[name] = count, max(largest) / usual
+        return found
+
+
 def feed_range(batch: Mapping[str, Array]) -> dict[str, FeedRange]:
     """Return the range of every input in a batch, by input name."""
     wide = {name: array.astype(np.float64) for name, array in batch.items()}
@@ -693,10 +725,10 @@ def feed_range(batch: Mapping[str, Array]) -> dict[str, FeedRange]:
     }
 
 
-def implausible(spec: InputSpec, fed: FeedRange, *, raw: bool = False) -> str | None:
+def implausible(spec: InputSpec, fed: FeedRange, *, raw: bool = False, arrays: bool = False) -> str | None:
     """Return a hint when a float image input is fed what no usual preprocessing gives, `None` when it is plausible.
 
-    `raw`: the user asked for unscaled pixels, so that their range is no surprise.
+    `raw`: the user asked for unscaled pixels, so that their range is no surprise. `arrays`: what no preprocessing touches.
     """
     if spec.dtype.kind != "f" or len(spec.shape) != 4 or not {spec.shape[1], spec.shape[3]} & {1, 3}:
         return None
@@ -709,7 +741,6 @@ def implausible(spec: InputSpec, fed: FeedRange, *, raw: bool = False) -> str | 
     if max(abs(fed.min), abs(fed.max)) > 300:
         return f"{seen}, beyond any pixel; check --scale, --mean and --std (mean and std apply after the scale)"
     if fed.min >= 0 and fed.max > 20 and not raw:
-        return (
-            f"{seen}, which looks like raw pixels; if the model expects normalised input pass --preset imagenet or unit"
-        )
+        how = "normalise the arrays" if arrays else "pass --preset imagenet or unit"
+        return f"{seen}, which looks like raw pixels; if the model expects normalised input {how}"
     return None

@@ -62,7 +62,8 @@ class NodeExtras:
 class Extras:
     """What graphsurgeon drops from a model; nodes and values by name, so it survives edits of the graph.
 
-    `feeds_whole`: what the model is fed is one sample as it is, although the inputs' shapes could be taken for batches.
+    `defaults`: inputs that are initializers, too, where not all initializers are listed so. `feeds_whole`: what the model is
+    fed is one sample as it is, although the inputs' shapes could be taken for batches.
     """
 
     domain: str = ""
@@ -74,6 +75,7 @@ class Extras:
     interface: dict[str, ValueInfoProto] = field(default_factory=dict)
     values: dict[str, tuple[str, dict[str, str]]] = field(default_factory=dict)
     annotations: list[onnx.TensorAnnotation] = field(default_factory=list)
+    defaults: list[str] = field(default_factory=list)
     feeds_whole: bool = False
 
 
@@ -247,6 +249,7 @@ def _harvest(model: onnx.ModelProto) -> Extras:
         doc_string=model.doc_string,
         metadata=_props(model.metadata_props),
         graph_metadata=_props(getattr(graph, "metadata_props", ())),
+        defaults=_defaults(graph),
         annotations=list(graph.quantization_annotation),
     )
     for value in [*graph.input, *graph.output]:
@@ -256,6 +259,13 @@ def _harvest(model: onnx.ModelProto) -> Extras:
             extras.values[value.name] = (value.doc_string, _props(value.metadata_props))
     _harvest_nodes(graph, extras)
     return extras
+
+
+def _defaults(graph: onnx.GraphProto) -> list[str]:
+    """Inputs that callers may leave out; none where an old exporter lists every initializer as an input."""
+    held = {tensor.name for tensor in graph.initializer}
+    found = [value.name for value in graph.input if value.name in held]
+    return found if len(found) < len(held) else []
 
 
 def _harvest_nodes(graph: onnx.GraphProto, extras: Extras) -> None:
@@ -848,7 +858,7 @@ def staging(output: str | os.PathLike[str] | None = None) -> Iterator[Staged]:
     Raises:
         OutputError: The folder cannot be made there.
     """
-    path = None if output is None else Path(output)
+    path = None if output is None else Path(os.path.realpath(output))  # of a link, what it leads to is replaced
     with _output_errors(path):
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}." if path else None, dir=path.parent if path else None))
     try:
@@ -867,6 +877,14 @@ def _output_errors(output: Path | None) -> Iterator[None]:
         what = f"'{output}'" if output else f"A file in the temporary folder '{tempfile.gettempdir()}'"
         advice = "choose another place for the output" if output else "name another folder in TMPDIR"
         raise OutputError(f"{what} cannot be written: {reason}; {advice}.") from error
+
+
+def data_files(model: Path) -> list[Path]:
+    """The files of external data that a model file names."""
+    proto = onnx.load(model, load_external_data=False)
+    tensors = onnx.external_data_helper._get_all_tensors(proto)
+    held = (onnx.external_data_helper.ExternalDataInfo(t) for t in tensors if t.data_location == TensorProto.EXTERNAL)
+    return sorted({model.parent / info.location for info in held})
 
 
 def _data_path(path: Path) -> Path:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import onnx_graphsurgeon as gs
@@ -150,7 +151,7 @@ class Mixed:
             UsageError: nothing is within them.
         """
         for name, amount in budgets.items():
-            if amount is not None and not (isinstance(amount, int | float) and 0 < amount < math.inf):
+            if amount is not None and not (isinstance(amount, Real) and 0 < amount < math.inf):
                 raise UsageError(f"the budget {name} is a number above 0, not {amount!r}")
         limits = self.limits(**budgets)
         return self._chosen(self.program.solve(limits), limits)

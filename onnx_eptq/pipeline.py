@@ -59,7 +59,9 @@ FIDELITY_SAMPLES, LEAST_FIDELITY = 256, 32  # how many are compared, and of larg
 PARITY_SAMPLES = 8
 RUNTIME_MARGIN = 3.0  # dB above the whole error: half of it is then the runtime's own
 HARMLESS_SQNR = 40.0  # dB; above, an error is as small as that of one rounding to 8 bits, whoever makes it
+ALIKE = 8  # samples that are compared: if they are the same, so may be all
 UNSEEN = 0.5  # a score of 0 to 1 whose largest one is below was calibrated on samples without what it looks for
+LOW_AGREEMENT = 75.0  # %; below, the largest score is another one too often
 LOW_SQNR = 6.0  # dB; below, outputs differ from the float model's by half their size
 GROUP = 16  # samples at a time, where the model itself fixes a smaller batch
 MOST_TIMES = 2  # the steps, where batches are smaller than the effort's
@@ -178,6 +180,12 @@ def begin(
     """
     phases = phases or Phases()
     config = Config.make(**{**(config.model_dump() if config else {}), **settings})
+    if plan is not None and {"weight_bits", "act_bits"} & settings.keys():
+        raise UsageError(
+            "the plan that is given says every width already; edit it instead of giving weight_bits or act_bits"
+        )
+    if "weight_bits" in settings and not config.weight_choices and (config.budgets or explore):
+        config = config.model_copy(update={"weight_choices": (config.weight_bits,)})
     mixes = check_budgets(config, plan, explore)
     target = choose_target(config)
     check_device(config)
@@ -186,6 +194,8 @@ def begin(
     with phases("prepare"):
         graph = graphs.load(model)
         source = Path(model) if isinstance(model, str | os.PathLike) else graphs.to_model(graphs.copy(graph))
+        if output is not None and isinstance(source, Path):
+            check_weights_kept(output, source)
         check_ops(graph)
         changes = prepare(graph)
         check_values(graph)
@@ -209,6 +219,11 @@ def begin(
     label = str(model) if isinstance(model, str | os.PathLike) else graph.name or "model"
     report = Report(onnx_eptq.__version__, label, config.model_dump(mode="json", exclude_defaults=True), coverage)
     report.islands = find_islands(graph)
+    if defaults := graphs.extras(graph).defaults:
+        names = ", ".join(f"'{name}'" for name in defaults[:3]) + (" and others" if len(defaults) > 3 else "")
+        report.warnings.append(
+            f"inputs with a default ({names}) become constants: the file takes no other values for them"
+        )
     report.output = None if output is None else str(output)
     report.preparation = {name: count for name, count in changes.items() if count}
     report.float_bytes = graphs.file_bytes(source) if isinstance(source, Path) else source.ByteSize()
@@ -312,8 +327,20 @@ def check_output(output: str | os.PathLike[str], model: Model) -> None:
         writable = False
     if not writable:
         raise OutputError(f"the output {path} cannot be written; choose another place")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"the output {path} is no regular file; give a file name")
     if isinstance(model, str | os.PathLike) and path.exists() and Path(model).exists() and path.samefile(model):
         raise OutputError(f"the output {path} is the input model itself; choose another name")
+
+
+def check_weights_kept(output: str | os.PathLike[str], model: str | os.PathLike[str]) -> None:
+    """Raise OutputError when the output would replace a file that holds the model's weights."""
+    for held in graphs.data_files(Path(model)):
+        written = (Path(output), Path(f"{os.fspath(output)}.data"))
+        if any(path.exists() and held.exists() and path.samefile(held) for path in written):
+            raise OutputError(
+                f"the output {output} would replace {held}, which holds the model's weights; choose another name"
+            )
 
 
 def check_values(graph: gs.Graph) -> None:
@@ -381,12 +408,19 @@ def describe_data(job: Job) -> None:
     report = job.report
     report.data, report.samples = job.batches.describe(), job.batches.num_samples
     first = next(iter(job.batches))
+    some = list(itertools.islice(job.batches.samples(), ALIKE))
+    if len(some) > 1 and all(np.array_equal(x, some[0][name]) for sample in some[1:] for name, x in sample.items()):
+        report.warnings.append(
+            f"the first {len(some)} samples are all the same: ranges and learning need what the model meets in use"
+        )
     raw = (job.config.scale or sources.PRESETS[job.config.preset].scale) == 1
     for spec in input_specs(job.graph):
         if spec.name in first and first[spec.name].size:
             fed = sources.feed_range({spec.name: first[spec.name]})[spec.name]
             report.fed[spec.name] = [float(number) for number in fed]
-            report.warnings += [text for text in [sources.implausible(spec, fed, raw=raw)] if text]
+            report.warnings += [
+                text for text in [sources.implausible(spec, fed, raw=raw, arrays=not job.batches.are_images)] if text
+            ]
     if report.samples < 32:
         report.warnings.append(f"only {report.samples} calibration samples; a few hundred give better ranges")
 
@@ -569,7 +603,15 @@ def make_teacher(job: Job) -> tuple[mirror.Mirror, Feed, gs.Graph]:
 
 def observed(job: Job, teacher: mirror.Mirror, batches: Feed, graph: gs.Graph, phases: Phases) -> calibrate.Stats:
     """Statistics of all samples, whatever the widths, and on some of them how much the outputs answer to the activations."""
-    stats = calibrate.observe(teacher, job.plan, job.layers, phases.over("calibrate", batches, len(batches)))
+    sizes = sources.Sizes()
+    stats = calibrate.observe(
+        teacher, job.plan, job.layers, sizes.watch(phases.over("calibrate", batches, len(batches)), teacher.whole)
+    )
+    job.report.warnings += [
+        f"{count} of {len(sizes.largest[name])} samples of input '{name}' reach {ratio:.0f} times as far as most, and leave few "
+        "steps to the others; take them out if the model meets none such in use"
+        for name, (count, ratio) in sizes.outliers().items()
+    ]
     if job.config.calibration == "hmse":
         samples, batch = range_samples(job, teacher, batches, graph, stats)
         wanted = batch * gradient_bytes(stats) / 2**20
@@ -742,15 +784,16 @@ def sensitivity_key(job: Job) -> str:
     plan = with_widths(job.plan, {group.name: 8 for group in job.groups})
     settings = {name: getattr(config, name) for name in ("sensitivity", "seed", "calibration", "bias_correction")}
     parts: list[bytes | str] = [onnx_eptq.__version__, json.dumps(settings), plan.to_json()]
-    parts += [np.ascontiguousarray(layer.weight.values).tobytes() for layer in job.layers]
     for sample in job.batches.samples():
         parts += [np.ascontiguousarray(array).tobytes() for array in sample.values()]
-    return checkpoint.fingerprint([*parts, source_bytes(job)])
+    return checkpoint.fingerprint([*parts, *source_parts(job)])
 
 
-def source_bytes(job: Job) -> bytes:
-    """The float model as it came."""
-    return job.source.read_bytes() if isinstance(job.source, Path) else job.source.SerializeToString()
+def source_parts(job: Job) -> list[bytes]:
+    """The float model as it came, with the constants that may lie beside it."""
+    model = job.source.read_bytes() if isinstance(job.source, Path) else job.source.SerializeToString()
+    constants = (tensor for tensor in job.graph.tensors().values() if isinstance(tensor, gs.Constant))
+    return [model, *(np.ascontiguousarray(tensor.values).tobytes() for tensor in constants)]
 
 
 @threads.restored()
@@ -860,7 +903,12 @@ def learning_problem(job: Job, ready: Ready, method: Method | None = None) -> ep
 def learned(job: Job, ready: Ready, saved: Path | None, resume: bool, phases: Phases) -> None:
     """Learn the student's rounding, scales and biases; it stays as it is where nothing better is found."""
     problem = learning_problem(job, ready)
-    parts = (onnx_eptq.__version__, job.plan.to_json(), job.config.model_dump_json(), source_bytes(job))
+    parts: list[bytes | str] = [
+        onnx_eptq.__version__,
+        job.plan.to_json(),
+        job.config.model_dump_json(),
+        *source_parts(job),
+    ]
     mark = checkpoint.fingerprint([*parts, *(x.cpu().numpy().tobytes() for x in problem.samples)])
     state = None
     if resume and saved is not None and saved.exists():
@@ -929,6 +977,10 @@ def low_fidelity(fidelity: verify.Fidelity) -> list[str]:
         f"output '{name}' is {decibel} dB from the float model's: expect a loss; try more bits"
         for name, decibel in fidelity.sqnr_db.items()
         if decibel < LOW_SQNR
+    ] + [
+        f"output '{name}' agrees with the float model's in {share} % only: expect a loss; try more bits or other samples"
+        for name, share in fidelity.agreement.items()
+        if share < LOW_AGREEMENT and fidelity.sqnr_db.get(name, LOW_SQNR) >= LOW_SQNR
     ]
 
 

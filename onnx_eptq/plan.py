@@ -470,9 +470,16 @@ class _Planner:
         if _matches(self.rules.keep_float, tensor.name):
             return "kept float as asked"
         neighbours = list(tensor.inputs) + list(tensor.outputs)
-        layers = (n for n in tensor.outputs if role_of(n) == "linear" and id(n) not in self.front | self.kept)
-        if neighbours and all(id(node) in self.region for node in neighbours) and not any(layers):
+        layers = [n for n in tensor.outputs if role_of(n) == "linear" and id(n) not in self.front | self.kept]
+        if neighbours and all(id(node) in self.region for node in neighbours) and not layers:
             return self.region[id(neighbours[0])]
+        made = (
+            tensor.inputs
+            and role_of(tensor.inputs[0]) == "untouched"
+            and not any(map(is_float, tensor.inputs[0].inputs))
+        )
+        if made and tensor.outputs and all(id(n) in self.region for n in tensor.outputs) and not layers:
+            return self.region[id(tensor.outputs[0])]  # positions, as integers, on their way to a Sin
         if id(tensor) in self.masked & self.outputs:
             return "a masked output: on one grid with the mask, its scores would be equal"
         if tensor.inputs and _is_single(tensor.inputs[0]):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -371,7 +372,10 @@ class Cache:
                 self.losses = {
                     name: {int(bits): float(loss) for bits, loss in row.items()} for name, row in stored.items()
                 }
+                if not all(math.isfinite(loss) for row in self.losses.values() for loss in row.values()):
+                    raise ValueError("a loss is no finite number")
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                self.losses = {}
                 log.warning("the sensitivities in %s cannot be read (%s) and are measured anew", self.path, error)
 
     def missing(self, groups: Sequence[Group]) -> list[Group]:

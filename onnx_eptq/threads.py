@@ -33,9 +33,13 @@ def worthwhile(work: float) -> int:
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Leave torch's number of threads as it was found."""
-    before = torch.get_num_threads()
+    """Make new tensors on the CPU, and leave torch's default device and number of threads as they were found."""
+    before, device = torch.get_num_threads(), torch.get_default_device()
+    if device.type != "cpu":
+        torch.set_default_device("cpu")
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        if device.type != "cpu":
+            torch.set_default_device(device)

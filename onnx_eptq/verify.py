@@ -322,7 +322,8 @@ def _check_close(value: str, producer: str, ours: Tensor, theirs: np.ndarray) ->
     expected = torch.from_numpy(theirs).to(ours.device)
     masked = torch.from_numpy(both_ruled_out(theirs, ours.cpu().numpy())).to(ours.device)
     finite = expected[expected.isfinite() & ~masked].abs()
-    error = float(torch.where((ours == expected) | masked, 0.0, ours - expected).abs().max())
+    same = (ours == expected) | (ours.isnan() & expected.isnan()) | masked
+    error = float(torch.where(same, 0.0, ours - expected).abs().max())
     size = float(finite.max()) if finite.numel() else 0.0
     if not error <= FLOAT_TOLERANCE * max(size, 1e-6):
         raise VerificationError(
@@ -568,7 +569,7 @@ class _Noise:
             masked = both_ruled_out(a, b)  # beside such numbers no error would be one
             some, total = self.left_out.get(name, (0, 0))
             self.left_out[name] = some + int(masked.sum()), total + masked.size
-            error = np.subtract(a, b, out=np.zeros_like(a), where=(a != b) & ~masked)
+            error = np.subtract(a, b, out=np.zeros_like(a), where=(a != b) & ~masked & ~(np.isnan(a) & np.isnan(b)))
             self.signal[name] = self.signal.get(name, 0.0) + float((a[np.isfinite(a) & ~masked] ** 2).sum())
             self.noise[name] = self.noise.get(name, 0.0) + float((error**2).sum())
 

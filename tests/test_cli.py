@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -293,3 +294,32 @@ def test_a_config_with_numbers_for_names(tmp_path: Path) -> None:
     run = cli(DIGITS, CALIB, "--config", config)
     assert run.returncode == 2
     assert "there is no setting '1'" in run.stderr
+
+
+def test_files_of_a_run_never_replace_one_another(tmp_path: Path) -> None:
+    model, out = tmp_path / "m.onnx", tmp_path / "q.onnx"
+    shutil.copy(DIGITS, model)
+    for option in ("--plan-out", "--save-config"):
+        for path, other in ((model, "the model"), (out, "-o")):
+            run = cli(model, CALIB, "-o", out, option, path, *QUICK)
+            assert run.returncode == 2
+            assert f"{option} and {other} name the same file" in run.stderr
+    run = cli(model, CALIB, "-o", out, "--plan-out", tmp_path / "p", "--save-config", tmp_path / "p", *QUICK)
+    assert "--save-config and --plan-out name the same file" in run.stderr
+    assert model.read_bytes() == DIGITS.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"m.onnx"}
+
+
+def test_an_output_that_is_no_regular_file_is_refused_and_a_link_is_followed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    run = cli(DIGITS, CALIB, "-o", tmp_path / "pipe", *QUICK)
+    assert run.returncode == 5
+    assert "no regular file" in run.stderr
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "q.onnx", tmp_path / "link.onnx"
+    link.symlink_to(target)
+    for _ in range(2):  # a link that leads nowhere yet, and one to an older file
+        assert cli(DIGITS, CALIB, "-o", link, *QUICK).returncode == 0
+        assert link.is_symlink()
+        onnx.checker.check_model(target)
+    assert [path.name for path in target.parent.iterdir()] == ["q.onnx"]

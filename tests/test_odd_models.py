@@ -500,3 +500,51 @@ def test_samples_that_the_model_cannot_compute_are_named() -> None:
 def test_what_is_no_model_is_refused(source: Any) -> None:
     with pytest.raises(ModelError, match="give the path of an"):
         quantize(source, {"x": np.ones((2, 2), np.float32)})
+
+
+STEP = "g{0} = Gemm(h{0}, w, b) c{0} = Add(g{0}, s{0}) h{1} = Tanh(c{0})"
+
+
+def test_a_state_that_begins_at_zero_leaves_shared_weights_alone() -> None:
+    """A recurrent layer written out step by step: the first step's zeros say nothing of what the weights will meet."""
+    steps = " ".join(STEP.format(i, i + 1) for i in range(3))
+    text = f"""(float[N,4] x, float[N,8] h0) => (float[N,3] y) {{
+      s0 = MatMul(x, u) s1 = Mul(s0, two) s2 = Neg(s1) {steps} y = MatMul(h3, v) }}"""
+    model = parse(text, w=W(8, 8), b=W(8) + np.float32(0.3), u=W(4, 8), v=W(8, 3), two=f32(2))
+    rng = np.random.default_rng(0)
+    data = {"x": rng.normal(size=(200, 4)).astype(np.float32), "h0": np.zeros((200, 8), np.float32)}
+    result = quantize(model, data, weight_bits=8, threads=1)
+    assert result.report.fidelity.sqnr_db["y"] > 28
+
+
+def test_layers_that_share_a_weight_may_have_inputs_of_very_unequal_ranges() -> None:
+    text = "(float[N,6] x, float[N,6] z) => (float[N,4] y, float[N,4] u) { y = Gemm(x, w, b) u = Gemm(z, w, c) }"
+    model = parse(text, w=W(6, 4), b=f32(0.1, 0.2, -0.3, 0.4), c=f32(0.3, -0.2, 0.1, 0.5))
+    x = np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32)
+    result = quantize(model, {"x": x, "z": x * np.float32(1e-9)}, weight_bits=8, threads=1)
+    assert result.report.fidelity.sqnr_db["y"] > 35
+
+
+@pytest.mark.parametrize("positions", ["f = Cast <to=1> (t)", "g = Cast <to=1> (t) f = Squeeze(g, last)"])
+def test_positions_on_their_way_to_a_sine_stay_float(positions: str) -> None:
+    """On a grid of 256 steps a thousand of them are noise behind it."""
+    moved = "Squeeze" in positions
+    text = f"""(int64[N,{"1,1" if moved else "1"}] t, float[N,4] x) => (float[N,5] y) {{
+      {positions} m = Mul(f, rates) s = Sin(m) c = Cos(m) e = Concat <axis=1> (s, c)
+      h = MatMul(e, w) k = MatMul(x, v) y = Add(k, h) }}"""
+    constants = {"rates": np.exp(-np.arange(4, dtype=np.float32)), "w": W(8, 5), "v": W(4, 5)}
+    model = parse(text, **constants, **({"last": np.array([2])} if moved else {}))
+    rng = np.random.default_rng(0)
+    data = {
+        "t": rng.integers(0, 1000, (200, 1, 1) if moved else (200, 1)),
+        "x": rng.normal(size=(200, 4)).astype(np.float32),
+    }
+    result = quantize(model, data, weight_bits=8, threads=1)
+    assert {"f", "m"} <= set(result.plan.floats)
+    assert result.report.fidelity.sqnr_db["y"] > 30
+
+
+def test_outputs_that_are_no_numbers_for_some_samples_are_compared_beside_them() -> None:
+    model = parse("(float[N,4] x) => (float[N,3] y, float[N,3] z) { y = MatMul(x, w) z = Sqrt(y) }", w=W(4, 3))
+    data = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    assert quantize(model, data, weight_bits=8, threads=1).report.fidelity.sqnr_db["y"] > 30

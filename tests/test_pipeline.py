@@ -201,7 +201,7 @@ def test_bit_overrides_and_kept_layers(tmp_path: Path) -> None:
 def test_an_edited_plan_is_used(w4: tuple[Path, onnx_eptq.Result]) -> None:
     plan = Plan.from_json(w4[1].plan.to_json())
     assert plan == w4[1].plan
-    same = quantize(DIGITS, CALIB, weight_bits=4, threads=1, plan=plan)
+    same = quantize(DIGITS, CALIB, threads=1, plan=plan)
     assert same.model.graph.initializer == w4[1].model.graph.initializer
     with pytest.raises(UsageError, match="'nowhere' is no value of this model"):
         quantize(DIGITS, CALIB, plan=Plan({"nowhere": replace(next(iter(plan.values())), value="nowhere")}))
@@ -486,3 +486,92 @@ def test_ranges_without_memory_for_gradients_are_plain_and_it_is_said() -> None:
     assert any(re.search(r"gradients need \d+ MB, more than --cache-mb allows", text) for text in found.report.warnings)
     plain = quantize(DIGITS, CALIB, act_bits=4, calibration="mse", threads=1)
     assert list(found.model.graph.initializer) == list(plain.model.graph.initializer)
+
+
+def with_external_weights(path: Path, seed: int) -> None:
+    model = models.parse(
+        "(float[N,8] x) => (float[N,4] y) { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }",
+        w=models.weights(seed)(8, 64),
+        v=models.weights(seed + 1)(64, 4),
+    )
+    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=16)
+
+
+def test_an_output_that_holds_the_models_weights_is_refused(tmp_path: Path) -> None:
+    with_external_weights(tmp_path / "m.onnx", 0)
+    before = (tmp_path / "weights.bin").read_bytes()
+    with pytest.raises(OutputError, match=r"would replace .*weights.bin"):
+        quantize(tmp_path / "m.onnx", np.zeros((8, 8), np.float32), tmp_path / "weights.bin", threads=1)
+    assert (tmp_path / "weights.bin").read_bytes() == before
+
+
+def test_a_checkpoint_belongs_to_weights_that_lie_beside_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    with_external_weights(tmp_path / "m.onnx", 0)
+    run = partial(quantize, tmp_path / "m.onnx", data, tmp_path / "q.onnx", method="eptq", steps=4, threads=1)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    with_external_weights(tmp_path / "m.onnx", 5)
+    with pytest.raises(UsageError, match="belongs to another model"):
+        run(resume=True)
+
+
+def test_inputs_with_a_default_become_constants_and_that_is_said() -> None:
+    model = models.parse(
+        "(float[N,4] x) => (float[N,3] y) { h = MatMul(x, w) y = Mul(h, gain) }",
+        w=models.weights(0)(4, 3),
+        gain=np.float32(2),
+    )
+    model.graph.input.append(helper.make_tensor_value_info("gain", TensorProto.FLOAT, []))
+    data = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    report = quantize(model, data, threads=1).report
+    assert any("inputs with a default ('gain') become constants" in warning for warning in report.warnings)
+    model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 3]))  # as old exporters list all
+    assert not any("default" in warning for warning in quantize(model, data, threads=1).report.warnings)
+
+
+def test_widths_that_are_given_are_heeded(w4: tuple[Path, onnx_eptq.Result], tmp_path: Path) -> None:
+    settings = {"num_samples": 16, "threads": 1, "sensitivity_cache": tmp_path}
+    result = quantize(DIGITS, CALIB, weight_bits=8, compression=3, **settings)
+    assert result.report.coverage.layers_by_bits == {8: 14}
+    with pytest.raises(UsageError, match="says every width already"):
+        quantize(DIGITS, CALIB, weight_bits=8, plan=w4[1].plan, **settings)
+    found = onnx_eptq.explore(DIGITS, CALIB, **settings)
+    assert found.choose(max_weight_bytes=np.int64(20_000))[1].average_bits <= 4.5
+
+
+def test_another_default_device_changes_nothing() -> None:
+    torch.set_default_device("meta")
+    try:
+        assert quantize(DIGITS, CALIB, num_samples=16, threads=1).report.bytes
+        assert torch.get_default_device().type == "meta"
+    finally:
+        torch.set_default_device("cpu")
+
+
+SAMPLES = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+ODD_SAMPLES = {
+    "the same": (np.tile(SAMPLES[:1], (64, 1)), "the first 8 samples are all the same"),
+    "one far out": (
+        np.concatenate([SAMPLES, SAMPLES[:1] * 1000]),
+        r"1 of 65 samples of input 'x' reach \d+ times as far",
+    ),
+    "far out and lost": (np.concatenate([SAMPLES, SAMPLES[:1] * 1000]), "output 'y' agrees with the float model's in"),
+    "as they should be": (SAMPLES, None),
+}
+
+
+@pytest.mark.parametrize("name", ODD_SAMPLES)
+def test_samples_that_say_little_are_warned_about(name: str) -> None:
+    data, message = ODD_SAMPLES[name]
+    model = models.parse("(float[N,4] x) => (float[N,3] y) { y = MatMul(x, w) }", w=models.weights(0)(4, 3))
+    warnings = quantize(model, data, calibration="minmax", threads=1).report.warnings
+    assert any(re.search(message, warning) for warning in warnings) if message else not warnings

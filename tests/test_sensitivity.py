@@ -188,7 +188,10 @@ def test_what_is_cached_is_not_missing(tmp_path):
     assert Cache(tmp_path / "new", "other").missing(groups) == groups
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"losses": 3}', json.dumps({"losses": {"w1": {"two": 1}}})])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"losses": 3}', json.dumps({"losses": {"w1": {"two": 1}}}), '{"losses": {"w1": {"2": NaN}}}'],
+)
 def test_a_broken_cache_is_said_and_measured_anew(tmp_path, text, caplog):
     (tmp_path / "key.json").write_text(text)
     with caplog.at_level(logging.WARNING):
