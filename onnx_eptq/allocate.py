@@ -110,6 +110,8 @@ class Program:
             if status == "infeasible":
                 return None
             if status == "unknown":
+                if time.perf_counter() < deadline - seconds / 2:  # nothing found, and not for want of time
+                    return None
                 break
             choice = model.choice()
             over = [limit.resource.use(choice) - limit.most for limit in limits]
@@ -241,7 +243,7 @@ class _Model:
             self.solver = str(solver.name).removesuffix("_CMD").replace("COIN", "CBC")
             self.problem.solve(solver)
             found = STATES.get(self.problem.sol_status, "unknown")
-            if found != "infeasible":
+            if found in ("optimal", "feasible"):
                 break
         return found
 

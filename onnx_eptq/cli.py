@@ -239,6 +239,8 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     if alone:
         found["weight_bits"] = _widths("--bits takes PATTERN=BITS, such as 'conv1=8'; without a pattern it", alone[0])
     from_file = _load(options["config"]) if options.get("config") else None
+    if overrides and from_file:  # the first pattern that fits counts
+        found["bits"] = {**overrides, **{name: bits for name, bits in from_file.bits.items() if name not in overrides}}
     budgets = any(found.get(name) is not None for name in _budgets()) or bool(from_file and from_file.budgets)
     for name, choices in (("weight_bits", "weight_choices"), ("act_bits", "act_choices")):
         widths = found.pop(name, None)

@@ -28,8 +28,10 @@ from onnx_eptq import compensate, hessian, mirror
 from onnx_eptq.calibrate import Reader, Stats, absmax, apply_linear, calibrate, weight_mse
 from onnx_eptq.compensate import Moments, as_rows, from_rows
 from onnx_eptq.eptq import Judge
+from onnx_eptq.graph import tensors_read
 from onnx_eptq.grid import Grid, QParams, fake_quantize
 from onnx_eptq.mirror import Mirror, Probe
+from onnx_eptq.ops import op_of
 from onnx_eptq.outputs import learning_targets
 from onnx_eptq.plan import Layer, Plan
 from onnx_eptq.widths import Group, with_widths
@@ -84,7 +86,13 @@ def measure(name: str) -> Callable[[Measure], Measure]:
 
 @measure("local")
 def local(setting: Setting, groups: Sequence[Group]) -> Iterator[Row]:
-    """The rounding error times the Label-Free Hessian, as a share of the outputs' power."""
+    """The rounding error times the Label-Free Hessian, as a share of the outputs' power.
+
+    Where gradients say nothing or not all, what is before an island or a rounding, it is the distance of the outputs instead.
+    """
+    hidden = _before_islands(setting.graph)
+    yield from output(setting, [group for group in groups if hidden & set(group.values)])
+    groups = [group for group in groups if not hidden & set(group.values)]
     activations = [group for group in groups if group.role == "activation"]
     values = [value for group in activations for value in _computed(setting.plan, group)]
     power = _output_power(setting)
@@ -96,7 +104,22 @@ def local(setting: Setting, groups: Sequence[Group]) -> Iterator[Row]:
         else:  # made of constants alone: no gradient reaches it
             yield from output(setting, [group])
     for part in _sets(setting, groups):
-        yield from _projected(setting, part, _rounded(setting, part), power).items()
+        losses = _projected(setting, part, _rounded(setting, part), power)
+        silent = [group for group, _ in part if not any(losses[group.name].values())]
+        yield from ((name, row) for name, row in losses.items() if any(row.values()))
+        yield from output(setting, silent)
+
+
+def _before_islands(graph: gs.Graph) -> set[str]:
+    """All values, constants included, from which a way leads through a node that ONNX Runtime computes, without gradients."""
+    stack = [node for node in graph.nodes if op_of(node).island]
+    found: set[str] = set()
+    while stack:
+        for tensor in tensors_read(stack.pop()):
+            if tensor.name not in found:
+                found.add(tensor.name)
+                stack += tensor.inputs
+    return found
 
 
 def _projected(
@@ -136,6 +159,8 @@ def _projected(
 @measure("output")
 def output(setting: Setting, groups: Sequence[Group]) -> Iterator[Row]:
     """The distance of the outputs with one quantizer at a time, all others off."""
+    if not groups:
+        return
     judge = Judge(setting.teacher, setting.graph, learning_targets(setting.graph), list(setting.samples), setting.batch)
     device = setting.samples[0].device
     for group in groups:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 
 import pulp
 import pytest
@@ -209,13 +210,33 @@ def test_a_time_limit_reaches_the_solver_and_no_answer_is_an_error(monkeypatch):
 
     def late(self, seconds):
         seen.append(seconds)
+        time.sleep(0.6 * seconds)
         return "unknown"
 
     monkeypatch.setattr(allocate._Model, "run", late)
-    with pytest.raises(UsageError, match="no choice of widths within 3 s"):
-        Program([group("a")], {"a": {2: 1.0, 4: 0.5, 8: 0.1}}, seconds=3.0).solve()
-    assert 2 < seen[0] <= 3
+    with pytest.raises(UsageError, match="no choice of widths within 1 s"):
+        Program([group("a")], {"a": {2: 1.0, 4: 0.5, 8: 0.1}}, seconds=1.0).solve()
+    assert 0.5 < seen[0] <= 1
     assert all(solver.timeLimit == 7.0 for solver in allocate.solvers(7.0))
+
+
+def test_a_solver_that_gives_up_at_once_has_found_no_choice(monkeypatch):
+    run = allocate._Model.run
+
+    def confused(self, seconds):
+        found = run(self, seconds)
+        return "unknown" if found == "infeasible" else found
+
+    monkeypatch.setattr(allocate._Model, "run", confused)
+    groups, losses = [group("a"), group("b")], {name: {2: 1.0, 4: 0.5, 8: 0.1} for name in "ab"}
+    more, less = (
+        {name: {bits: size(bits) for bits in (2, 4, 8)} for name in "ab"} for size in (float, lambda bits: 10.0 - bits)
+    )
+    limits = [
+        Limit(Resource(what, "", [Amount(single=table)]), 7.0) for what, table in (("one", more), ("other", less))
+    ]
+    with pytest.raises(UsageError, match="each budget can be met alone, but not together"):
+        Program(groups, losses, seconds=30.0).solve(limits)
 
 
 def test_highs_is_preferred_where_it_is_installed(monkeypatch):

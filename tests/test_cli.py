@@ -218,6 +218,16 @@ def test_widths_win_over_those_of_a_config_with_a_budget(tmp_path: Path) -> None
     assert "14 x 8 bit" in run.stdout
 
 
+def test_widths_of_layers_come_on_top_of_those_in_a_config(tmp_path: Path) -> None:
+    config, plan = tmp_path / "run.yaml", tmp_path / "plan.json"
+    config.write_text("bits: {'/blocks*': 4, '/stem*': 3}\nweight_bits: 8\n")
+    run = cli(
+        DIGITS, CALIB, "-o", tmp_path / "q.onnx", "--config", config, "--bits", "/stem*=5", "--plan-out", plan, *QUICK
+    )
+    assert run.returncode == 0, run.stderr
+    assert "(9 x 4 bit, 1 x 5 bit, 4 x 8 bit)" in run.stdout
+
+
 def test_random_calibration_can_come_from_a_config(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     first = cli(DIGITS, "-o", tmp_path / "a.onnx", "--random-calibration", "--save-config", config, *QUICK)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import models
+import onnx_eptq
 from models import ORT_TARGET, parse, samples_of, weights
 from onnx_eptq import compensate, hessian, sensitivity
 from onnx_eptq.calibrate import elementwise_readers
@@ -232,3 +234,26 @@ def test_a_layer_of_more_inputs_than_samples_does_not_look_good_by_its_own_sampl
 
 def test_monotone_losses_rise_with_every_narrower_width():
     assert monotone({2: 0.1, 4: 0.5, 8: 0.0}, 0.01) == {8: 0.0, 4: 0.5, 2: 0.51}
+
+
+BEHIND = {
+    "a GRU": """l = Transpose <perm=[1,0,2]> (r) a, last = GRU <hidden_size=5> (l, gates, again) s = Squeeze(last, first)
+      y = MatMul(s, v)""",
+    "a rounding": "f = Floor(r) s = ReduceMean <keepdims=0> (f, axis) y = MatMul(s, v)",
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_layers_that_no_gradient_reaches_are_measured_at_the_outputs(name, tmp_path):
+    """Losses of 0 would let them take the narrowest widths whatever they do."""
+    text = f"(float[N,6,4] x) => (float[N,3] y) {{ h = MatMul(x, w) r = Relu(h) {BEHIND[name]} }}"
+    draw = weights(0)
+    constants = {"w": draw(4, 5) * np.float32(3), "v": draw(5, 3), "gates": draw(1, 15, 5), "again": draw(1, 15, 5)}
+    constants |= {"first": np.array([0]), "axis": np.array([1])}
+    used = {key: value for key, value in constants.items() if re.search(rf"\b{key}\b", text)}
+    data = np.random.default_rng(0).normal(size=(128, 6, 4)).astype(np.float32)
+    found = onnx_eptq.explore(parse(text, **used), data, act_choices=(4, 8), sensitivity_cache=tmp_path, threads=1)
+    assert {"w", "v"} <= set(found.losses)
+    for row in (found.losses[value] for value in {"w", "v", "r"} & set(found.losses)):
+        assert row[min(row)] > row[8] > 0
+    assert found.losses["w"][2] > 1e-3
