@@ -881,10 +881,9 @@ def _output_errors(output: Path | None) -> Iterator[None]:
 
 def data_files(model: Path) -> list[Path]:
     """The files of external data that a model file names."""
-    proto = onnx.load(model, load_external_data=False)
-    tensors = onnx.external_data_helper._get_all_tensors(proto)
-    held = (onnx.external_data_helper.ExternalDataInfo(t) for t in tensors if t.data_location == TensorProto.EXTERNAL)
-    return sorted({model.parent / info.location for info in held})
+    held = onnx.load(model, load_external_data=False).graph.initializer
+    outside = (tensor for tensor in held if onnx.external_data_helper.uses_external_data(tensor))
+    return sorted({model.parent / onnx.external_data_helper.ExternalDataInfo(tensor).location for tensor in outside})
 
 
 def _data_path(path: Path) -> Path:

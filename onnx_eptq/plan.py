@@ -473,13 +473,8 @@ class _Planner:
         layers = [n for n in tensor.outputs if role_of(n) == "linear" and id(n) not in self.front | self.kept]
         if neighbours and all(id(node) in self.region for node in neighbours) and not layers:
             return self.region[id(neighbours[0])]
-        made = (
-            tensor.inputs
-            and role_of(tensor.inputs[0]) == "untouched"
-            and not any(map(is_float, tensor.inputs[0].inputs))
-        )
-        if made and tensor.outputs and all(id(n) in self.region for n in tensor.outputs) and not layers:
-            return self.region[id(tensor.outputs[0])]  # positions, as integers, on their way to a Sin
+        if self.counts(tensor) and tensor.outputs and all(id(n) in self.region for n in tensor.outputs) and not layers:
+            return self.region[id(tensor.outputs[0])]
         if id(tensor) in self.masked & self.outputs:
             return "a masked output: on one grid with the mask, its scores would be equal"
         if tensor.inputs and _is_single(tensor.inputs[0]):
@@ -487,6 +482,11 @@ class _Planner:
         if tensor.outputs and id(tensor) not in self.outputs and all(role_of(n) == "untouched" for n in tensor.outputs):
             return f"read by {tensor.outputs[0].op} only"
         return None
+
+    def counts(self, tensor: gs.Tensor) -> bool:
+        """Whether the value holds integers turned into floats, such as positions on their way to a Sin: 256 steps are few."""
+        (producer,) = tensor.inputs or (None,)
+        return producer is not None and role_of(producer) == "untouched" and not any(map(is_float, producer.inputs))
 
     def wide(self, tensor: gs.Tensor) -> bool:
         """Whether the value keeps `EDGE_BITS` however narrow other activations are.
