@@ -192,7 +192,7 @@ def _factors(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> tuple[
 
 def flat(x: Tensor) -> Tensor:
     """All elements in memory order, without a copy where the tensor is dense (contiguous or channels last)."""
-    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+    if x.ndim == 4 and not x.is_contiguous() and x.permute(0, 2, 3, 1).is_contiguous():
         x = x.permute(0, 2, 3, 1)
     return x.reshape(-1)
 

@@ -112,26 +112,24 @@ def function(
 def can_map(mirror: Mirror, samples: Sequence[Tensor]) -> bool:
     """Whether a `mapped` function of a mirror that takes one sample at a time computes of several what the mirror does of each.
 
-    Gradients are tried, too, as learning needs them.
+    Gradients are tried, too, of inputs and scales, as learning needs them.
     """
     inputs, raw = placeholders(mirror), raw_nodes(mirror)
     outputs = [raw[name] for name in mirror.output_names if name in raw]
     together, alone = (function(mirror, inputs, outputs, mapped=mapped) for mapped in (True, False))
     few = [x[:3].detach().clone() for x in samples]
-    floats = [x.requires_grad_() for x in few if x.is_floating_point()]
+    scales = [tensor for name, tensor in mirror.named_buffers() if name.endswith(".scale")]
+    leaves = [x.requires_grad_() for x in (*few, *scales) if x.is_floating_point()]
     try:
         found = together(*few)
         ends = [x.sum() for x in found if x.requires_grad]
-        if ends and floats:
-            torch.autograd.grad(sum(ends[1:], ends[0]), floats, allow_unused=True)
-    except (
-        RuntimeError,
-        IndexError,
-        ValueError,
-        TypeError,
-        ModelError,
-    ):  # an island, a value that Python needs to know, ...
+        if ends and leaves:
+            torch.autograd.grad(sum(ends[1:], ends[0]), leaves, allow_unused=True)
+    except (RuntimeError, IndexError, ValueError, TypeError, ModelError):  # an island, a value that Python needs, ...
         return False
+    finally:
+        for tensor in leaves:
+            tensor.requires_grad_(False)
     with torch.no_grad():
         each = [alone(*[x[i : i + 1] for x in few]) for i in range(len(few[0]))]
         expected = [torch.cat([x if x.ndim else x[None] for x in parts]) for parts in zip(*each, strict=True)]

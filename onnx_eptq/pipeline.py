@@ -345,8 +345,10 @@ def check_weights_kept(output: str | os.PathLike[str], model: str | os.PathLike[
 
 def check_values(graph: gs.Graph) -> None:
     """Raise ModelError for what the simulation does not cover: other precisions than float32, weights that are no numbers."""
+    ends = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}  # of float64, they may lie beside a Cast
     for tensor in [*graph.inputs, *graph.tensors().values()]:
-        if tensor.dtype is not None and str(tensor.dtype) in ("float16", "float64", "bfloat16"):
+        turned = id(tensor) in ends and all(node.op == "Cast" for node in (*tensor.inputs, *tensor.outputs))
+        if str(tensor.dtype) in ("float16", "bfloat16") or (str(tensor.dtype) == "float64" and not turned):
             raise ModelError(
                 f"'{tensor.name}' is {tensor.dtype}; the model must be float32 throughout: convert or export it again so"
             )

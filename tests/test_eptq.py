@@ -172,13 +172,16 @@ def test_steps_in_chunks_are_steps_of_the_whole_batch(method):
         assert students[1][1][name] == pytest.approx(distance, rel=0.05)
 
 
+@pytest.mark.parametrize("images", [False, True], ids=["rows", "images"])
 @pytest.mark.parametrize("method", ["eptq", "eptq-v1", "eptq-v2", "adaquant", "qdrop"])
-def test_mapped_steps_are_steps_of_one_sample_after_another(method):
+def test_mapped_steps_are_steps_of_one_sample_after_another(method, images):
     """Also where values within the model have no axis of samples; QDrop draws otherwise, but learns."""
     students = []
     for mapped in (False, True):
-        found = models.quantize(models.collapsed(), Rules(3, 8))
+        found = models.quantize(models.one_image() if images else models.collapsed(), Rules(3, 8))
         problem = replace(models.problem(found, method, steps=5), chunk=1, mapped=mapped)
+        if images:
+            problem.samples = [x.to(memory_format=torch.channels_last) for x in problem.samples]
         problem.effort = replace(problem.effort, batch=16)
         learner = Learner(problem, found.student)
         losses = torch.stack(list(learner))

@@ -216,8 +216,9 @@ def whole_functions(mirror):
 
 
 @pytest.mark.parametrize("bits", [8, 3])
-def test_a_mapped_function_does_of_each_sample_what_the_mirror_does(bits):
-    found = models.quantize(models.collapsed(), Rules(bits, 8))
+@pytest.mark.parametrize("one", [models.collapsed, models.one_image])
+def test_a_mapped_function_does_of_each_sample_what_the_mirror_does(one, bits):
+    found = models.quantize(one(), Rules(bits, 8))
     samples = models.samples_of(found, 5)
     for mirror in (found.teacher, found.student):
         assert pieces.can_map(mirror, samples)

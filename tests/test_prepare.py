@@ -122,6 +122,13 @@ def example(name: str, text: str, expected: str, **constants: Any) -> None:
 
 V = "(float[N,4] x) => (float[N,4] y)"
 M = "(float[N,3,8,8] x) => (float[N,3,8,8] y)"
+example("narrow_doubles", V + "{ a = Cast<to = 11>(x)\n b = Mul(a, d)\n c = Cast<to = 1>(b)\n y = Relu(c) }",
+        "Cast Mul Cast Relu", d=np.array([1.0, 2.0, -3.0, 1e-3]))  # fmt: skip
+example("narrow_doubles", "(double[N,4] x) => (double[N,4] y) { a = Neg(x)\n b = Relu(a)\n y = Neg(b) }",
+        "Cast Neg Relu Neg Cast")  # fmt: skip
+example("narrow_doubles", V + "{ s = Shape(x)\n a = ConstantOfShape<value = double[1] {0.5}>(s)\n b = Cast<to = 1>(a)\n"
+        "y = Add(x, b) }", "Shape ConstantOfShape Cast Add")  # fmt: skip
+
 example("remove_noops", V + "{ a = Relu(x)\n y = Identity(a) }", "Relu")
 example("remove_noops", V + "{ a = Identity(x)\n y = Relu(a) }", "Relu")
 example("remove_noops", V + "{ a = Identity(w)\n y = Add(x, a) }", "Add", w=rand(4))

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_eptq import graph as og
 from onnx_eptq.graph import constant, is_op
-from onnx_eptq.prepare import constants, layout, linear, patterns
+from onnx_eptq.prepare import constants, layout, linear, patterns, precision
 from onnx_eptq.prepare.edit import shorten
 from onnx_eptq.prepare.opset import OPSET, to_opset
 
@@ -25,6 +25,7 @@ _NUMBERED = re.compile(r"/\d+$")  # what `edit.fresh_name` puts behind a name
 PASSES: dict[str, Pass] = {  # in the order in which they run
     function.__name__: function
     for function in (
+        precision.narrow_doubles,
         constants.remove_noops,
         constants.fold_constants,
         constants.fold_shapes,
