@@ -543,6 +543,9 @@ class _Piece:
             axis = distribution_axis(b, known)
             if axis is not None:
                 total = total + self.stage.kl * divergence(a.float(), b, axis)
+            elif self.problem.mapped:  # each sample by its own power, as where they run one by one
+                a, b = (x.reshape(len(index), -1) for x in (a.float(), b))
+                total = total + self.stage.kl * ((a - b).square().mean(1) / b.square().mean(1).clamp(min=1e-20)).mean()
             else:
                 total = total + self.stage.kl * F.mse_loss(a.float(), b) / b.square().mean().clamp(min=1e-20)
         beta = annealed_beta(step, steps)

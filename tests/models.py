@@ -409,14 +409,15 @@ def collapsed() -> onnx.ModelProto:
 
 
 def one_image() -> onnx.ModelProto:
-    """A small CNN that takes one image, and flattens it to rows that are no samples."""
+    """A small CNN of two outputs that takes one image, and flattens it to rows that are no samples."""
     draw = weights(4)
     return parse(
-        """(float[1,3,6,6] x) => (float[1,4] y) {
+        """(float[1,3,6,6] x) => (float[1,4] y, float[1,2,6,6] map) {
           c = Conv <pads=[1,1,1,1]> (x, a, b) r = Relu(c) d = Conv <pads=[1,1,1,1], group=8> (r, e, b) s = Add(r, d)
-          f = Reshape(s, rows) g = MatMul(f, h) k = Relu(g) m = ReduceMean <keepdims=1> (k, first) y = MatMul(m, w) }""",
+          f = Reshape(s, rows) g = MatMul(f, h) k = Relu(g) m = ReduceMean <keepdims=1> (k, first) y = MatMul(m, w)
+          map = Conv(r, maps) }""",
         a=draw(8, 3, 3, 3), b=f32(*[0.1] * 8), e=draw(8, 1, 3, 3), rows=np.array([8, 36]), h=draw(36, 12),
-        first=np.array([0]), w=draw(12, 4),
+        first=np.array([0]), w=draw(12, 4), maps=draw(2, 8, 1, 1),
     )  # fmt: skip
 
 
