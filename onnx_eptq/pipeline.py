@@ -53,7 +53,7 @@ from onnx_eptq.write import write
 WEIGHT_SAMPLES = (
     64  # samples on which weight scales compete; half of it for images of the size below, fewer of larger ones
 )
-EQUALIZE_SAMPLES = 16  # samples on which factors between channels are chosen, or half of those, if these are fewer
+EQUALIZE_SAMPLES = 16  # samples on which factors between channels are chosen; of large ones, half as many as for scales
 FIT_SAMPLES = 256  # by which weights are rounded when sensitivities are measured
 FIDELITY_SAMPLES, LEAST_FIDELITY = 256, 32  # how many are compared, and of large samples
 PARITY_SAMPLES = 8
@@ -438,11 +438,15 @@ def batch_size_for(job: Job) -> int:
     return max(1, min(32, 32 * IMAGE_ELEMENTS // sample_elements(job)))
 
 
-def weight_samples(job: Job) -> int:
-    """How many samples choose the weight scales: fewer large ones, which have more positions."""
+def wanted_samples(job: Job) -> int:
+    """How many samples are enough to choose weight scales by: fewer large ones, which have more positions."""
     half, size = WEIGHT_SAMPLES // 2, sample_elements(job)
-    wanted = WEIGHT_SAMPLES if size < IMAGE_ELEMENTS else max(half // 4, min(half, 2 * half * IMAGE_ELEMENTS // size))
-    return min(wanted, job.batches.num_samples)
+    return WEIGHT_SAMPLES if size < IMAGE_ELEMENTS else max(half // 4, min(half, 2 * half * IMAGE_ELEMENTS // size))
+
+
+def weight_samples(job: Job) -> int:
+    """How many samples choose the weight scales."""
+    return min(wanted_samples(job), job.batches.num_samples)
 
 
 def measuring_runs(job: Job) -> int:
@@ -720,7 +724,7 @@ def equalized(job: Job, phases: Phases) -> None:
     """Even out channels in the job's graph, once and unless unwanted, and say where."""
     if job.is_equalized or not job.config.equalize:
         return
-    few = Feed(job.batches).subset(min(EQUALIZE_SAMPLES, -(-weight_samples(job) // 2)), job.config.seed)
+    few = Feed(job.batches).subset(min(EQUALIZE_SAMPLES, wanted_samples(job) // 2), job.config.seed)
     with phases("equalize"):
         teacher = mirror.build(job.graph).to(job.config.device)
         job.report.equalized = equalize(job.graph, teacher, job.plan, job.layers, few)
