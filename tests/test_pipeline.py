@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -425,6 +426,23 @@ def test_large_activations_are_run_few_at_a_time(
     assert job.batches.batch_size == together
     assert pipeline.weight_samples(job) == judging
     assert pipeline.begin(model, data, threads=1, batch_size=5).batches.batch_size == 5
+
+
+@pytest.mark.parametrize(("count", "used"), [(10, 10), (80, 16)])
+def test_few_samples_all_take_part_in_evening_out_channels(
+    monkeypatch: pytest.MonkeyPatch, count: int, used: int
+) -> None:
+    monkeypatch.setattr(pipeline, "IMAGE_ELEMENTS", 4)  # so that samples of four numbers count as images
+    seen = []
+
+    def record(*arguments: Any) -> list[Any]:
+        seen.append(arguments[-1].batches.num_samples)
+        return []
+
+    monkeypatch.setattr(pipeline, "equalize", record)
+    model = models.parse("(float[N,4] x) => (float[N,3] y) { y = MatMul(x, w) }", w=models.weights(0)(4, 3))
+    quantize(model, np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32), threads=1)
+    assert seen == [used]
 
 
 def test_random_data_must_be_asked_for(tmp_path: Path) -> None:
