@@ -239,6 +239,8 @@ def test_monotone_losses_rise_with_every_narrower_width():
 BEHIND = {
     "a GRU": """l = Transpose <perm=[1,0,2]> (r) a, last = GRU <hidden_size=5> (l, gates, again) s = Squeeze(last, first)
       y = MatMul(s, v)""",
+    "a GRU, but for a narrow way around": """l = Transpose <perm=[1,0,2]> (r) a, last = GRU <hidden_size=5> (l, gates, again)
+      s = Squeeze(last, first) m = ReduceMean <keepdims=0> (r, axis) k = Mul(m, tiny) d = Add(s, k) y = MatMul(d, v)""",
     "a rounding": "f = Floor(r) s = ReduceMean <keepdims=0> (f, axis) y = MatMul(s, v)",
 }
 
@@ -249,7 +251,7 @@ def test_layers_that_no_gradient_reaches_are_measured_at_the_outputs(name, tmp_p
     text = f"(float[N,6,4] x) => (float[N,3] y) {{ h = MatMul(x, w) r = Relu(h) {BEHIND[name]} }}"
     draw = weights(0)
     constants = {"w": draw(4, 5) * np.float32(3), "v": draw(5, 3), "gates": draw(1, 15, 5), "again": draw(1, 15, 5)}
-    constants |= {"first": np.array([0]), "axis": np.array([1])}
+    constants |= {"first": np.array([0]), "axis": np.array([1]), "tiny": np.float32(1e-4)}
     used = {key: value for key, value in constants.items() if re.search(rf"\b{key}\b", text)}
     data = np.random.default_rng(0).normal(size=(128, 6, 4)).astype(np.float32)
     found = onnx_eptq.explore(parse(text, **used), data, act_choices=(4, 8), sensitivity_cache=tmp_path, threads=1)
