@@ -537,7 +537,10 @@ def test_a_checkpoint_belongs_to_weights_that_lie_beside_the_model(
         patched.setattr(pipeline, "finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run()
+    before = (tmp_path / "m.onnx").read_bytes()
+    (tmp_path / "weights.bin").unlink()
     with_external_weights(tmp_path / "m.onnx", 5)
+    assert (tmp_path / "m.onnx").read_bytes() == before  # all that differs lies beside it
     with pytest.raises(UsageError, match="belongs to another model"):
         run(resume=True)
 
