@@ -8,10 +8,8 @@ from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
 from onnx_eptq.graph import is_op, is_packed
 from onnx_eptq.prepare.edit import Array, fresh_name, replace_uses
 
-LIMITS = (
-    float(np.finfo(np.float32).min),
-    float(np.finfo(np.float32).max),
-)  # masks are often the least number of their type
+# What float64 reaches beyond is cut off: masks are often the least number of their type.
+LIMITS = float(np.finfo(np.float32).min), float(np.finfo(np.float32).max)
 
 
 def narrow_doubles(graph: gs.Graph) -> int:
