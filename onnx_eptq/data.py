@@ -691,7 +691,7 @@ class FeedRange(NamedTuple):
     std: float
 
 
-class Sizes:
+class Magnitudes:
     """The largest magnitude of each sample, per float input, taken while batches go by."""
 
     def __init__(self) -> None:

@@ -609,14 +609,14 @@ def make_teacher(job: Job) -> tuple[mirror.Mirror, Feed, gs.Graph]:
 
 def observed(job: Job, teacher: mirror.Mirror, batches: Feed, graph: gs.Graph, phases: Phases) -> calibrate.Stats:
     """Statistics of all samples, whatever the widths, and on some of them how much the outputs answer to the activations."""
-    sizes = sources.Sizes()
+    seen = sources.Magnitudes()
     stats = calibrate.observe(
-        teacher, job.plan, job.layers, sizes.watch(phases.over("calibrate", batches, len(batches)), teacher.whole)
+        teacher, job.plan, job.layers, seen.watch(phases.over("calibrate", batches, len(batches)), teacher.whole)
     )
     job.report.warnings += [
-        f"{count} of {len(sizes.largest[name])} samples of input '{name}' reach {ratio:.0f} times as far as most, and leave few "
+        f"{count} of {len(seen.largest[name])} samples of input '{name}' reach {ratio:.0f} times as far as most, and leave few "
         "steps to the others; take them out if the model meets none such in use"
-        for name, (count, ratio) in sizes.outliers().items()
+        for name, (count, ratio) in seen.outliers().items()
     ]
     if job.config.calibration == "hmse":
         samples, batch = range_samples(job, teacher, batches, graph, stats)
