@@ -50,9 +50,7 @@ from onnx_eptq.targets import TARGETS, Target
 from onnx_eptq.widths import DEFAULT_WEIGHT_WIDTHS, Asked, Group, candidates, with_widths
 from onnx_eptq.write import write
 
-WEIGHT_SAMPLES = (
-    64  # samples on which weight scales compete; half of it for images of the size below, fewer of larger ones
-)
+WEIGHT_SAMPLES = 64  # samples on which weight scales compete; half of it for images, fewer of larger ones
 EQUALIZE_SAMPLES = 16  # samples on which factors between channels are chosen; of large ones, half as many as for scales
 FIT_SAMPLES = 256  # by which weights are rounded when sensitivities are measured
 FIDELITY_SAMPLES, LEAST_FIDELITY = 256, 32  # how many are compared, and of large samples
@@ -105,9 +103,7 @@ class Job:
     report: Report
     groups: Sequence[Group] = ()  # quantizers whose widths are still to be chosen
     is_equalized: bool = False  # channels have been evened out
-    counts: Mapping[str, tuple[float, int]] = field(
-        default_factory=dict
-    )  # elements and their bytes, per value of a sample
+    counts: Mapping[str, tuple[float, int]] = field(default_factory=dict)  # as `resources.elements`, of a sample
 
 
 @threads.restored()
