@@ -508,7 +508,3 @@ def main() -> None:
     except EptqError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-
-
-if __name__ == "__main__":
-    main()

@@ -23,7 +23,7 @@ Run = subprocess.CompletedProcess[str]
 def cli(*arguments: object, cwd: Path | None = None) -> Run:
     """Run the command line, without learning unless a method is given."""
     plain = () if "--method" in arguments or arguments[0] == "sensitivity" else ("--method", "rtn")
-    command = [sys.executable, "-m", "onnx_eptq.cli", *map(str, arguments), *plain]
+    command = [sys.executable, "-m", "onnx_eptq", *map(str, arguments), *plain]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=300)
 
 

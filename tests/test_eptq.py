@@ -783,7 +783,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
 
 
 def run_cli(folder, *arguments):
-    return [sys.executable, "-m", "onnx_eptq.cli", "m.onnx", "x.npy", "-o", "q.onnx", "--threads", "1", *arguments]
+    return [sys.executable, "-m", "onnx_eptq", "m.onnx", "x.npy", "-o", "q.onnx", "--threads", "1", *arguments]
 
 
 @pytest.mark.slow

@@ -370,7 +370,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     )
     onnx.save(model, tmp_path / "m.onnx")
     np.save(tmp_path / "x.npy", np.zeros((6000, 8, 32, 32), np.float32))
-    command = [sys.executable, "-m", "onnx_eptq.cli", "m.onnx", "x.npy", "-o", "q.onnx"]
+    command = [sys.executable, "-m", "onnx_eptq", "m.onnx", "x.npy", "-o", "q.onnx"]
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed_sigint
     )

@@ -40,7 +40,7 @@ def test_the_first_command_quantizes_the_demo_and_prints_what_is_shown(checkout:
     program, *arguments = shlex.split(command)
     assert program == "onnx-eptq"
     run = subprocess.run(
-        [sys.executable, "-m", "onnx_eptq.cli", *arguments], cwd=checkout, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "onnx_eptq", *arguments], cwd=checkout, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
     onnx.checker.check_model(checkout / "digits_int4.onnx", full_check=True)
@@ -63,7 +63,7 @@ def test_the_commands_for_mixed_precision_run(checkout: Path) -> None:
         assert program == "onnx-eptq"
         more = ["--sensitivity-cache", checkout / "cache", "--num-samples", "32"]
         more += [] if arguments[0] == "sensitivity" else ["--method", "rtn"]
-        command = [sys.executable, "-m", "onnx_eptq.cli", *arguments, *more]
+        command = [sys.executable, "-m", "onnx_eptq", *arguments, *more]
         run = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
     assert (checkout / "digits_mixed.onnx").stat().st_size <= 60_000
@@ -91,7 +91,7 @@ def test_the_python_example_runs(checkout: Path) -> None:
 
 def test_options_presets_storage_and_targets_exist() -> None:
     commands = [[], ["sensitivity"]]
-    helps = [[sys.executable, "-m", "onnx_eptq.cli", *words, "--help"] for words in commands]
+    helps = [[sys.executable, "-m", "onnx_eptq", *words, "--help"] for words in commands]
     text = "".join(subprocess.run(words, capture_output=True, text=True, check=True).stdout for words in helps)
     options = set(re.findall(r"`(--[a-z-]+)", TEXT)) - {"--help", "--beds"}
     assert len(options) > 10
@@ -105,5 +105,5 @@ def test_options_presets_storage_and_targets_exist() -> None:
 def test_every_module_is_on_the_map() -> None:
     folder = ROOT / "onnx_eptq"
     modules = {path.stem for path in (*folder.glob("*.py"), *(init.parent for init in folder.glob("*/__init__.py")))}
-    modules -= {"__init__"}
+    modules -= {"__init__", "__main__"}
     assert not [name for name in modules if f"`{name}`" not in TEXT]
