@@ -106,7 +106,13 @@ class Config(BaseModel):
 
     @classmethod
     def make(cls, **settings: Any) -> Config:
-        """Build a Config; raises UsageError that names each wrong setting, what was found and what is wanted."""
+        """Build a Config; raises UsageError that names each wrong setting, what was found and what is wanted.
+
+        Several `weight_bits` or `act_bits` are widths to choose from, as on the command line.
+        """
+        for name, choices in (("weight_bits", "weight_choices"), ("act_bits", "act_choices")):
+            if isinstance(settings.get(name), list | tuple):
+                settings[choices] = tuple(settings.pop(name))
         try:
             return cls(**settings)
         except ValidationError as error:

@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onnx_eptq import checkpoint, hessian, islands, pieces
+from onnx_eptq import graph as graphs
 from onnx_eptq.calibrate import fit_biases
 from onnx_eptq.checkpoint import State
+from onnx_eptq.columns import NOISE, column_axis
 from onnx_eptq.compensate import compensate
 from onnx_eptq.grid import along, flat
 from onnx_eptq.methods import Effort, Method, Stage
@@ -46,6 +48,7 @@ HELD_SHARE_OF_FEW, HELD_ENOUGH = 4, 64  # but one in four up to so many: fewer c
 # of two starts, which is worth about so much.
 LUCK = 0.5
 STARTS = ("rtn", "compensated", "weighted")
+SPREADS = 8.0  # standard deviations of a channel that its bias is learned in units of, at most
 CHECKS = 8  # times per network-wide stage that the held-out samples are looked at
 CHECK_STEPS = 5  # steps between two such looks, at least: one costs as much as one or two steps
 CURVE = 50  # points of a recorded loss curve
@@ -104,7 +107,8 @@ class Learning:
 class Judge:
     """Distance of a student from the teacher on held-out samples.
 
-    Per learning target: the error's share of power, and the divergence of its distribution where it holds one.
+    Per learning target: the error's share of power, and the divergence of its distribution where it holds one; where columns
+    differ in scale, the error of each as a share of its variance.
     """
 
     def __init__(
@@ -119,6 +123,7 @@ class Judge:
         self.targets, self.samples, self.batch, self.mapped = targets, samples, batch, mapped
         self.axes = distributed(graph, targets)
         self.expected = self._outputs(teacher)
+        self.factors = column_factors(graph, targets, self.expected)
 
     @torch.no_grad()
     def _outputs(self, mirror: Mirror) -> list[Tensor]:
@@ -133,6 +138,9 @@ class Judge:
         """What each sample adds to the distance; [samples], float64."""
         total = torch.zeros(len(self.samples[0]), dtype=torch.float64)
         for target, expected, found in zip(self.targets, self.expected, self._outputs(student), strict=True):
+            if target in self.factors:
+                total += _by_sample(((expected - found) * self.factors[target]).square(), len(total))
+                continue
             total += _by_sample((expected - found).square() / expected.square().mean().clamp(min=1e-20), len(total))
             axis = distribution_axis(expected, self.axes.get(target))
             if axis is not None:
@@ -142,6 +150,20 @@ class Judge:
     def distance(self, student: Mirror) -> float:
         """Mean over the samples: 0 when the student's outputs are the teacher's; infinite when they are no numbers."""
         return mean(self.losses(student))
+
+
+def column_factors(graph: gs.Graph, names: Sequence[str], values: Sequence[Tensor]) -> dict[str, Tensor]:
+    """By the name of each output whose columns differ in scale: what brings every one of them to a standard deviation of 1."""
+    found = {}
+    for name, value in zip(names, values, strict=True):
+        if name in graphs.extras(graph).uneven:
+            axis = column_axis(value.shape)
+            others = tuple(i for i in range(value.ndim) if i != axis)
+            x = value.double()
+            spread = (x - x.mean(others, keepdim=True)).square().mean(others, keepdim=True).sqrt()
+            least = NOISE * x.abs().amax(others, keepdim=True)  # of a column that does not vary
+            found[name] = (1 / torch.maximum(spread, least).clamp(min=1e-30)).to(value)
+    return found
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -284,17 +306,30 @@ def install(student: Mirror, problem: Problem, piece: Piece, stage: Stage, nodes
 
 
 @torch.no_grad()
-def _units(problem: Problem, piece: Piece) -> dict[str, float]:
-    """The root mean square of each layer's float output, on a few samples."""
+def _units(problem: Problem, piece: Piece) -> dict[str, Tensor]:
+    """By layer output: what its biases are learned in units of, on a few samples.
+
+    The root mean square of the float output; less for channels whose spread is far below, as where columns differ in scale.
+    """
     raw = pieces.raw_nodes(problem.teacher)
     names = [layer.output.name for layer in piece.layers]
     run = pieces.function(problem.teacher, pieces.placeholders(problem.teacher), [raw[name] for name in names])
     chunks = torch.split(torch.arange(min(problem.effort.batch, len(problem.samples[0]))), problem.together)
     found = [run(*[x[chunk] for x in problem.samples]) for chunk in chunks]
     return {
-        name: float(torch.cat(values).square().mean().sqrt().clamp(min=1e-6))
-        for name, values in zip(names, zip(*found, strict=True), strict=True)
+        layer.output.name: _unit(layer, torch.cat(values))
+        for layer, values in zip(piece.layers, zip(*found, strict=True), strict=True)
     }
+
+
+def _unit(layer: Layer, output: Tensor) -> Tensor:
+    """What a step of the layer's bias is a share of: one number, or one per element of the bias."""
+    whole = output.square().mean().sqrt().clamp(min=1e-6)
+    channels = output.movedim(layer.output_axis, 0).reshape(output.shape[layer.output_axis], -1)
+    bias = None if layer.bias is None else layer.bias.values
+    if bias is None or bias.size != len(channels) or channels.shape[1] < 2:
+        return whole
+    return torch.minimum(whole, SPREADS * channels.std(1)).clamp(min=1e-9).reshape(bias.shape)
 
 
 @torch.no_grad()
@@ -472,6 +507,10 @@ class _Piece:
         first_batch = torch.split(torch.arange(min(problem.effort.batch, len(self.ours[0]))), problem.learned_together)
         found = [self._expected(chunk) for chunk in first_batch]
         few = [_joined(values) for values in zip(*found, strict=True)]
+        names = [*wanted, *crossing]
+        factors = column_factors(problem.graph, names, few)
+        self.factors = [factors.get(name) for name in names]
+        few = [x if f is None else torch.ones_like(x) for x, f in zip(few, self.factors, strict=True)]
         self.coefficients = _coefficients(problem, stage, few[: len(few) - self.distributions], self.layers)
         self.penalties = self._penalties()
         groups = self.parts.groups(stage)
@@ -531,17 +570,21 @@ class _Piece:
         """The loss of one batch."""
         expected = self._expected(index)
         with torch.autocast(self.ours[0].device.type, torch.bfloat16, enabled=self.problem.bf16):
-            found = self.student(*self.inputs(index))
+            found: Sequence[Tensor] = self.student(*self.inputs(index))
         total = torch.zeros((), device=self.ours[0].device)
+        found, expected = self._evened(found), self._evened(expected)
         plain = len(found) - self.distributions
         for a, b, c in zip(found[:plain], expected[:plain], self.coefficients, strict=True):
             if isinstance(c, float):
                 total = total + squared_error(a, b, c)
             else:
                 total = total + (c[index] * (a.float() - b).square().reshape(len(index), -1).mean(1)).mean()
-        for a, b, known in zip(found[plain:], expected[plain:], self.axes[: self.distributions], strict=True):
+        heads = zip(found[plain:], expected[plain:], self.axes[: self.distributions], self.factors[plain:], strict=True)
+        for a, b, known, factor in heads:
             axis = distribution_axis(b, known)
-            if axis is not None:
+            if factor is not None:
+                total = total + self.stage.kl * F.mse_loss(a.float(), b)
+            elif axis is not None:
                 total = total + self.stage.kl * divergence(a.float(), b, axis)
             elif self.problem.mapped:  # each sample by its own power, as where they run one by one
                 a, b = (x.reshape(len(index), -1) for x in (a.float(), b))
@@ -554,6 +597,10 @@ class _Piece:
             if penalty is not None:
                 total = total + self.penalties[name] * penalty
         return total
+
+    def _evened(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Compared values, with columns of different scales brought to one."""
+        return tuple(x if factor is None else x * factor for x, factor in zip(values, self.factors, strict=True))
 
     def step(self, index: Tensor, step: int, steps: int) -> Tensor:
         """One step of learning; returns the loss before it."""

@@ -28,6 +28,8 @@ from onnx_eptq.errors import ModelError, OutputError
 
 LOG = logging.getLogger(__name__)
 OPSETS = range(7, 26)
+# Younger than the opset that graphs are brought to; their parts are not.
+_COMPOSED = ("Attention", "RMSNormalization", "RotaryEmbedding", "Swish")
 STANDARD_DOMAINS = (None, "", "ai.onnx")
 HUGE = 1e3  # no score comes near: numbers of this size among small ones are a mask
 PROTOBUF_LIMIT = 2**31 - 2**20  # protobuf refuses 2 GiB; the rest is room for the nodes
@@ -63,7 +65,8 @@ class Extras:
     """What graphsurgeon drops from a model; nodes and values by name, so it survives edits of the graph.
 
     `defaults`: inputs that are initializers, too, where not all initializers are listed so. `feeds_whole`: what the model is
-    fed is one sample as it is, although the inputs' shapes could be taken for batches.
+    fed is one sample as it is, although the inputs' shapes could be taken for batches. `uneven`: inputs and outputs with columns
+    that one grid cannot serve (`columns`).
     """
 
     domain: str = ""
@@ -77,6 +80,7 @@ class Extras:
     annotations: list[onnx.TensorAnnotation] = field(default_factory=list)
     defaults: list[str] = field(default_factory=list)
     feeds_whole: bool = False
+    uneven: list[str] = field(default_factory=list)
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
@@ -187,8 +191,9 @@ def _check_wiring(graph: onnx.GraphProto, label: str) -> None:
 
 
 def _import(model: onnx.ModelProto) -> gs.Graph:
-    if model.functions:
-        model = _inline(model)
+    composed = {node.op_type for node in model.graph.node if node.domain in STANDARD_DOMAINS} & set(_COMPOSED)
+    if model.functions or composed:
+        model = _inline(model, composed)
     _name_nodes(model.graph, set())
     extras = _harvest(model)
     _drop_untyped(model.graph)
@@ -203,10 +208,25 @@ def _import(model: onnx.ModelProto) -> gs.Graph:
     return graph
 
 
-def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
+def _inline(model: onnx.ModelProto, composed: Collection[str]) -> onnx.ModelProto:
+    """Write out the model's own functions, and these operators as the ONNX specification composes them of older ones."""
     import onnx.inliner  # rarely needed
 
-    inlined: onnx.ModelProto = onnx.inliner.inline_local_functions(model, True)
+    inlined: onnx.ModelProto = onnx.inliner.inline_local_functions(model, True) if model.functions else model
+    if composed:
+        typed = onnx.ModelProto()
+        typed.CopyFrom(inlined)
+        known = {value.name for value in (*typed.graph.input, *typed.graph.value_info)}
+        typed.graph.value_info.extend(  # how an operator is composed depends on the types and shapes of what it reads
+            onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            for tensor in typed.graph.initializer
+            if tensor.name not in known
+        )
+        names = [("", name) for name in composed]
+        try:
+            inlined = onnx.inliner.inline_selected_functions(typed, names, inline_schema_functions=True)
+        except RuntimeError:  # it knows no inputs that are left out; the runtime computes such nodes itself, then
+            LOG.debug("%s: left as they are", ", ".join(composed))
     for entry in model.metadata_props:
         if not any(e.key == entry.key for e in inlined.metadata_props):
             inlined.metadata_props.append(entry)

@@ -7,6 +7,7 @@ made from the same `walk` that the writer reads: their code can be printed (`mod
 from __future__ import annotations
 
 import copy
+import functools
 import keyword
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -129,10 +130,16 @@ class Mirror(fx.GraphModule):
         return written
 
 
+@functools.cache
+def _own_names() -> frozenset[str]:
+    """Names that a mirror has attributes of its own under, whatever it is built from."""
+    return frozenset({*dir(Mirror(nn.Module(), fx.Graph())), *Mirror.__annotations__, *dir(nn.Module)})
+
+
 def _identifier(name: str, taken: set[str]) -> str:
     """A Python identifier that resembles an ONNX name."""
     stem = re.sub(r"\W", "_", name).strip("_") or "value"
-    stem = f"v_{stem}" if stem[0].isdigit() or keyword.iskeyword(stem) or hasattr(nn.Module, stem) else stem
+    stem = f"v_{stem}" if stem[0].isdigit() or keyword.iskeyword(stem) or stem in _own_names() else stem
     return graphs.fresh(stem, taken)
 
 
@@ -143,7 +150,7 @@ class _Builder:
         self.source, self.plan, self.qparams = graph, plan, qparams
         self.tensors = graph.tensors()
         self.root, self.graph = nn.Module(), fx.Graph()
-        self.taken: set[str] = {"forward", "graph", "code", "training"}
+        self.taken: set[str] = set()
         self.env: dict[str, fx.Node] = {}
         self.quantizers: dict[str, str] = {}
         self.constants: dict[str, str] = {}

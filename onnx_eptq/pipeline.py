@@ -24,6 +24,7 @@ import onnx_eptq
 from onnx_eptq import (
     calibrate,
     checkpoint,
+    columns,
     compensate,
     eptq,
     hessian,
@@ -36,14 +37,26 @@ from onnx_eptq import (
 )
 from onnx_eptq import data as sources
 from onnx_eptq import graph as graphs
+from onnx_eptq.columns import Columns
 from onnx_eptq.config import Config
 from onnx_eptq.equalize import equalize
 from onnx_eptq.errors import CoverageError, DataError, ModelError, OutputError, UsageError, VerificationError
 from onnx_eptq.methods import EFFORTS, METHODS, Effort, Method
 from onnx_eptq.mixed import BUDGETS, Mixed
 from onnx_eptq.outputs import class_axes, judged_targets, scores, selections
-from onnx_eptq.plan import Layer, Plan, Rules, check_ops, check_plan, linear_layers, make_plan, open_shares, reach_open
-from onnx_eptq.prepare import add_biases, free_batch, prepare
+from onnx_eptq.plan import (
+    Layer,
+    Plan,
+    Rules,
+    check_ops,
+    check_plan,
+    is_score,
+    linear_layers,
+    make_plan,
+    open_shares,
+    reach_open,
+)
+from onnx_eptq.prepare import add_biases, even_inputs, free_batch, prepare
 from onnx_eptq.prepare.opset import lower_opset
 from onnx_eptq.report import Phases, Report, find_islands, measure_coverage
 from onnx_eptq.targets import TARGETS, Target
@@ -57,9 +70,12 @@ FIDELITY_SAMPLES, LEAST_FIDELITY = 256, 32  # how many are compared, and of larg
 PARITY_SAMPLES = 8
 RUNTIME_MARGIN = 3.0  # dB above the whole error: half of it is then the runtime's own
 HARMLESS_SQNR = 40.0  # dB; above, an error is as small as that of one rounding to 8 bits, whoever makes it
+COLUMN_SAMPLES = 64  # by which columns of inputs and outputs are compared
 ALIKE = 8  # samples that are compared: if they are the same, so may be all
 UNSEEN = 0.5  # a score of 0 to 1 whose largest one is below was calibrated on samples without what it looks for
 LOW_AGREEMENT = 75.0  # %; below, the largest score is another one too often
+AT_MOST = "try to keep the first or last layers float (--keep-float)"  # where all have 8 bits
+LOW_COLUMN, HIDDEN = 6.0, 30.0  # dB of one column that are low, and how many more of the whole output hide it
 LOW_SQNR = 6.0  # dB; below, outputs differ from the float model's by half their size
 GROUP = 16  # samples at a time, where the model itself fixes a smaller batch
 MOST_TIMES = 2  # the steps, where batches are smaller than the effort's
@@ -198,6 +214,13 @@ def begin(
         check_runtime(source)
         if config.opset < graph.opset:
             lower_opset(graphs.copy(graph), config.opset)  # only to hear now of what has no form there
+    batches = open_batches(graph, data, config)
+    with phases("plan"):
+        if uneven := find_uneven(graph, source, batches):  # which is rare: then what evens them out is needed
+            graph = graphs.load(model)
+            graphs.extras(graph).uneven = list(uneven)
+            changes = prepare(graph)
+            changes["even_inputs"] = even_inputs(graph, {name: (seen.low, seen.high) for name, seen in uneven.items()})
         if config.bias_correction:
             add_biases(graph)
         groups: Sequence[Group] = ()
@@ -211,7 +234,6 @@ def begin(
     if strict and not coverage.complete:
         names = ", ".join(f"'{name}' ({reason})" for name, reason in coverage.float_layers.items())
         raise CoverageError(f"{len(coverage.float_layers)} of {coverage.layers} layers would stay float: {names}")
-    batches = open_batches(graph, data, config)
     label = str(model) if isinstance(model, str | os.PathLike) else graph.name or "model"
     report = Report(onnx_eptq.__version__, label, config.model_dump(mode="json", exclude_defaults=True), coverage)
     report.islands = find_islands(graph)
@@ -401,6 +423,31 @@ def open_batches(graph: gs.Graph, data: Any, config: Config) -> sources.Batches:
     return sources.open_data(data, specs, preset, num_samples=config.num_samples, seed=config.seed, batch_size=size)
 
 
+def find_uneven(graph: gs.Graph, source: onnx.ModelProto | Path, batches: sources.Batches) -> dict[str, Columns]:
+    """The inputs and outputs, by name, whose columns differ so much in scale that one grid would lose the small ones.
+
+    Of outputs that are shares or scores, small columns are what they should be.
+    """
+    found: tuple[dict[str, Columns], dict[str, Columns]] = {}, {}
+    outputs = [tensor for tensor in graph.outputs if not is_score(tensor)]
+    names = [{tensor.name for tensor in some if np.dtype(tensor.dtype).kind == "f"} for some in (graph.inputs, outputs)]
+    try:
+        of = verify.session(source, "basic")
+        for batch in batches.subset(COLUMN_SAMPLES, 0):
+            for values, kind, wanted in zip((batch, verify.run(of, batch)), found, names, strict=True):
+                for name in wanted & values.keys():
+                    kind.setdefault(name, Columns()).add(values[name])
+    except VerificationError:  # of which `check_runtime` and `measured` will say more
+        return {}
+    steps = (columns.INPUT_STEPS, columns.OUTPUT_STEPS)
+    return {
+        name: seen
+        for kind, least in zip(found, steps, strict=True)
+        for name, seen in kind.items()
+        if not seen.are_served(least)
+    }
+
+
 def describe_data(job: Job) -> None:
     """Put into the report what is fed, and warn about what looks wrong."""
     report = job.report
@@ -544,7 +591,8 @@ def estimate(job: Job) -> dict[str, float]:
     model_mb = job.report.float_bytes / 2**20
     method, effort = METHODS[job.config.method], sized_effort(job)
     learning = learning_cost(method, effort) * spent / job.batches.batch_size if method.stages else 0.0
-    held = 2 * job.config.cache_mb if method.stages else 0
+    values = sum(count * size for count, size in job.counts.values()) * job.batches.num_samples
+    held = 2 * min(job.config.cache_mb, values / 2**20) if method.stages else 0
     some = weight_samples(job) / job.batches.batch_size
     ranges = RANGE_COST * some if job.config.calibration == "hmse" else 0.0
     return {
@@ -966,24 +1014,36 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
                 class_axes(job.graph),
                 mirror.feeds_whole(job.graph),
             )
-        report.warnings += low_fidelity(report.fidelity) + runtime_deviations(report.parity, report.fidelity)
+        narrow = min(point.grid.bits for point in job.plan.values()) < 8
+        report.warnings += low_fidelity(report.fidelity, "try more bits" if narrow else AT_MOST) + runtime_deviations(
+            report.parity, report.fidelity
+        )
         report.bytes = graphs.file_bytes(staged.path)
         if output is not None:
             staged.publish()
     return written
 
 
-def low_fidelity(fidelity: verify.Fidelity) -> list[str]:
-    """A warning for every output that is far from the float model's."""
-    return [
-        f"output '{name}' is {decibel} dB from the float model's: expect a loss; try more bits"
+def low_fidelity(fidelity: verify.Fidelity, advice: str) -> list[str]:
+    """A warning for every output that is far from the float model's, as a whole or in one of its columns."""
+    found = [
+        f"output '{name}' is {decibel} dB from the float model's: expect a loss; {advice}"
         for name, decibel in fidelity.sqnr_db.items()
         if decibel < LOW_SQNR
-    ] + [
-        f"output '{name}' agrees with the float model's in {share} % only: expect a loss; try more bits or other samples"
+    ]
+    found += [
+        f"output '{name}' agrees with the float model's in {share} % only: expect a loss; {advice} or other samples"
         for name, share in fidelity.agreement.items()
         if share < LOW_AGREEMENT and fidelity.sqnr_db.get(name, LOW_SQNR) >= LOW_SQNR
     ]
+    for name, (index, decibel) in fidelity.worst.items():
+        whole = fidelity.sqnr_db.get(name, 0.0)
+        if decibel < LOW_COLUMN and whole > max(LOW_SQNR, decibel + HIDDEN):
+            found.append(
+                f"output '{name}': what varies in column {index} is only {decibel} dB from the float model's, which the "
+                f"{whole} dB of all columns hide; keep '{name}' float, or give the column an output of its own"
+            )
+    return found
 
 
 def runtime_deviations(parity: verify.Parity, fidelity: verify.Fidelity) -> list[str]:

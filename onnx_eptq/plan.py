@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from onnx_eptq.errors import ModelError, UnsupportedOp, UsageError
-from onnx_eptq.graph import is_mask, is_op, masks_sum
+from onnx_eptq.graph import extras, is_mask, is_op, masks_sum
 from onnx_eptq.grid import Grid
 from onnx_eptq.ops import QUANTIZED, op_name, op_of
 from onnx_eptq.targets import Target
@@ -28,6 +28,10 @@ Limits = tuple[float | None, float | None]
 CONSTANT_BITS = 8  # operands such as positional embeddings; narrower ones cost accuracy and save nothing
 EDGE_BITS = 8  # the network's inputs and outputs: sensors and readers speak 8 bits; and what `wide` names
 BIAS_BITS = 32
+DEEPEST = 8  # operators between a mask's constant and the sum that applies it
+_MAKING = (
+    "ConstantOfShape", "Trilu", "Expand", "Tile", "Slice", "Gather", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Transpose"
+)  # fmt: skip
 ISLAND_REASON = "{} is left to ONNX Runtime, in float"
 
 
@@ -286,9 +290,29 @@ def _matches(patterns: Sequence[str], *names: str) -> bool:
 
 
 def masks(node: gs.Node) -> bool:
-    """Whether a constant operand rules elements out (`is_mask`): their scores are huge negative numbers or minus infinity."""
-    constants = (tensor for tensor in node.inputs if is_constant(tensor) and is_float(tensor))
-    return op_of(node).operands and any(is_mask(np.asarray(tensor.values)) for tensor in constants)
+    """Whether an operand rules elements out (`is_mask`): their scores are huge negative numbers or minus infinity.
+
+    The operand is a constant, or made of constants and shapes, as a causal mask of open length is. What makes it masks, too.
+    """
+    if is_op(node, *_MAKING):
+        return _is_made_mask(node.outputs[0])
+    return op_of(node).operands and any(_is_made_mask(tensor) for tensor in node.inputs if is_float(tensor))
+
+
+def _is_made_mask(tensor: gs.Tensor, depth: int = 0) -> bool:
+    """Whether a value is a mask: a constant, or one that operators move, spread, or multiply by zeros and ones."""
+    if is_constant(tensor):
+        return is_float(tensor) and is_mask(np.asarray(tensor.values))
+    (node,) = tensor.inputs or (None,)
+    if node is None or depth == DEEPEST or not is_float(tensor):
+        return False
+    if is_op(node, "ConstantOfShape"):
+        value = node.attrs.get("value")
+        return value is not None and is_mask(np.asarray(getattr(value, "values", value)))
+    made = (_is_made_mask(source, depth + 1) for source in node.inputs)
+    if is_op(node, "Where"):
+        return all(is_constant(source) for source in node.inputs[1:]) and any(made)
+    return is_op(node, *_MAKING, "Mul") and any(made)
 
 
 def _affine_ends(graph: gs.Graph) -> Iterator[gs.Node]:
@@ -331,7 +355,7 @@ def _decoding(graph: gs.Graph) -> dict[int, str]:
             found[id(node)] = before[0]
         elif op_of(node).selects:
             found[id(node)] = f"decoding, from {node.op} on"
-        elif op_of(node).joins and {_is_score(tensor) for tensor in node.inputs if not is_constant(tensor)} == {
+        elif op_of(node).joins and {is_score(tensor) for tensor in node.inputs if not is_constant(tensor)} == {
             True,
             False,
         }:
@@ -339,15 +363,17 @@ def _decoding(graph: gs.Graph) -> dict[int, str]:
     return found
 
 
-def _is_score(tensor: gs.Tensor) -> bool:
+def is_score(tensor: gs.Tensor) -> bool:
     """Whether the values are Sigmoids, Softmaxes or the like, their products, or moved from them."""
     (producer,) = tensor.inputs or (None,)
     if producer is None:
         return False
     if is_op(producer, "Mul"):
-        return all(_is_score(source) for source in producer.inputs)
+        return all(is_score(source) for source in producer.inputs)
+    if is_op(producer, "Sub"):  # 1 - p
+        return _constant_scalar(producer.inputs[0]) == 1 and is_score(producer.inputs[1])
     if role_of(producer) == "same_grid":
-        return _is_score(producer.inputs[0])
+        return is_score(producer.inputs[0])
     return op_of(producer).squashes and op_of(producer).bounds == (0.0, 1.0)
 
 
@@ -428,6 +454,48 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[
     return region, front
 
 
+def _affine(node: gs.Node) -> bool:
+    """Whether a node scales or shifts one activation by constants."""
+    if is_op(node, "BatchNormalization"):
+        return True
+    return is_op(node, "Add", "Sub", "Mul", "Div") and sum(map(is_constant, node.inputs)) == 1
+
+
+def _carries(node: gs.Node) -> bool:
+    """Whether what evens out columns may lie on both sides of a node."""
+    return role_of(node) in ("same_grid", "clamp", "join") or is_op(node, "Cast")
+
+
+def _evening(graph: gs.Graph) -> dict[int, str]:
+    """Nodes that bring the columns of an uneven input to one scale, or give an output's columns theirs; with the reason."""
+    outputs = {id(tensor) for tensor in graph.outputs}
+    biases = {id(layer.bias_node) for layer in linear_layers(graph)}
+    found: dict[int, str] = {}
+    for tensor in graph.inputs:
+        reason, chain = f"evens out the columns of '{tensor.name}'", list[gs.Node]()
+        while tensor.name in extras(graph).uneven or chain:
+            readers = {id(reader): reader for reader in tensor.outputs}
+            (reader,) = readers.values() if len(readers) == 1 and id(tensor) not in outputs else (None,)
+            if reader is None or not (_affine(reader) or _carries(reader)):
+                break
+            chain.append(reader)
+            if _affine(reader):
+                found |= {id(node): reason for node in chain}
+            tensor = reader.outputs[0]
+    for tensor in graph.outputs:
+        reason, chain = f"gives the columns of '{tensor.name}' their scales", []
+        while tensor.name in extras(graph).uneven or chain:
+            (node,) = tensor.inputs or (None,)
+            alone = len(tensor.outputs) == 0 if not chain else len(tensor.outputs) == 1 and id(tensor) not in outputs
+            if node is None or not alone or id(node) in biases or not (_affine(node) or role_of(node) == "same_grid"):
+                break
+            chain.append(node)
+            if _affine(node):
+                found |= {id(node): reason for node in chain}
+            tensor = next(source for source in node.inputs if not is_constant(source))
+    return found
+
+
 class _Planner:
     """The state of one `make_plan` call: the graph's facts, and the plan as it grows in walk order."""
 
@@ -441,6 +509,7 @@ class _Planner:
         kept |= {id(layer.node) for layer in self.layers if _matches(rules.keep_float, layer.weight.name)}
         self.kept = kept
         self.region, self.front = _float_region(graph, kept)
+        self.region = _evening(graph) | self.region
         self.masked: set[int] = set()  # values that hold the huge numbers of a mask
         for node in graph.nodes:
             moved = role_of(node) == "same_grid" and id(node.inputs[0]) in self.masked
@@ -477,6 +546,8 @@ class _Planner:
             return self.region[id(tensor.outputs[0])]
         if id(tensor) in self.masked & self.outputs:
             return "a masked output: on one grid with the mask, its scores would be equal"
+        if id(tensor) in self.outputs and tensor.name in extras(self.graph).uneven and not tensor.outputs:
+            return "an output whose columns differ in scale: one grid would lose the small ones"
         if tensor.inputs and _is_single(tensor.inputs[0]):
             return "a Softmax of single elements, which integer kernels compute as 0"
         if tensor.outputs and id(tensor) not in self.outputs and all(role_of(n) == "untouched" for n in tensor.outputs):
@@ -581,9 +652,15 @@ class _Planner:
         """Constant operands of elementwise operators that run on integers."""
         if not op_of(node).operands or id(node) in self.region:
             return
+        read = [t for t in node.inputs if not is_constant(t) and is_float(t)]
+        if read and not any(tensor.name in self.plan for tensor in read):
+            return  # it runs in float
         biases = {layer.bias.name for layer in self.layers if layer.bias is not None and layer.bias_node is node}
         for tensor in node.inputs:
             if is_constant(tensor) and is_float(tensor) and tensor.name not in self.plan and tensor.name not in biases:
+                if _matches(self.rules.keep_float, tensor.name):
+                    self.plan.floats[tensor.name] = "kept float as asked"
+                    continue
                 bits = self.bits(CONSTANT_BITS, tensor.name)
                 self.plan[tensor.name] = QuantPoint(tensor.name, Grid(bits, False), "constant")
 
@@ -721,6 +798,9 @@ def make_plan(graph: gs.Graph, target: Target, rules: Rules | None = None) -> Pl
     if not linear_layers(graph):
         inner = next((node for node in graph.nodes if any(map(_has_layers, node.subgraphs(recursive=True)))), None)
         why = "was it exported without its parameters?"
+        foreign = sorted({node.op for node in graph.nodes if op_of(node).island and node.domain})
+        if foreign:
+            why = f"the work of {', '.join(foreign)} is left to ONNX Runtime, in float"
         if inner is not None:
             why = (
                 f"those inside of {inner.op} '{inner.name}' stay as they are: export the part that you deploy by itself"

@@ -86,14 +86,14 @@ class ActivationQuantizer(LearnedScale):
 
 
 class LearnedBias(nn.Module):
-    """A bias on its int32 grid, learned in units of its layer's typical output (`unit`)."""
+    """A bias on its int32 grid, learned in units of what its layer's outputs typically are (`unit`, [] or shaped like it)."""
 
     unit: Tensor
 
-    def __init__(self, quantizer: BiasQuantizer, bias: Tensor, unit: float) -> None:
+    def __init__(self, quantizer: BiasQuantizer, bias: Tensor, unit: Tensor) -> None:
         super().__init__()
         self.point = quantizer.point
-        self.register_buffer("unit", torch.tensor(unit))
+        self.register_buffer("unit", unit)
         self.shift = nn.Parameter(torch.zeros_like(bias))
 
     def forward(self, bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from onnx_eptq.calibrate import Batch, apply_linear, feed
+from onnx_eptq.columns import NOISE, as_rows
 from onnx_eptq.data import no_batch_axis
 from onnx_eptq.errors import VerificationError
 from onnx_eptq.graph import ruled_out
@@ -77,7 +78,9 @@ class Fidelity:
     `sqnr_db` has the outputs of real numbers, in dB; `agreement` the share of positions, in %, where the largest class or an
     integer is the same. Outputs in `selected` hold what a TopK, NonMaxSuppression or the like has picked, in its order: element
     by element they cannot be compared, so the values that it picks from stand for them. `masked` says how much of an output, in
-    %, holds the huge negative numbers of a mask on both sides, beside which no error would be one: it is left out.
+    %, holds the huge negative numbers of a mask on both sides, beside which no error would be one: it is left out. `worst` names
+    the column (feature, channel; `columns.column_axis`) of an output whose error is largest beside its own spread, with the
+    signal-to-noise ratio of what varies in it: a mean, or larger columns, hide nothing there.
     """
 
     samples: int
@@ -85,6 +88,7 @@ class Fidelity:
     agreement: dict[str, float]
     selected: dict[str, list[str]] = field(default_factory=dict)
     masked: dict[str, float] = field(default_factory=dict)
+    worst: dict[str, tuple[int, float]] = field(default_factory=dict)
 
 
 def session(
@@ -542,7 +546,8 @@ def measure_fidelity(
     agreement = {name: round(100 * agree[name] / total[name], 2) for name in total if total[name]}
     agreement |= dict.fromkeys(noise.silent(), 100.0)
     sources = {name: list(values) for name, values in selected.items()}
-    return Fidelity(samples, noise.decibels(), agreement, sources, noise.masked())
+    worst = noise.worst_columns()
+    return Fidelity(samples, noise.decibels(), agreement, sources, noise.masked(), worst)
 
 
 def _agreeing(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray | None:
@@ -559,6 +564,7 @@ class _Noise:
         self.signal: dict[str, float] = {}
         self.noise: dict[str, float] = {}
         self.left_out: dict[str, tuple[int, int]] = {}  # elements that are masked, of how many
+        self.columns: dict[str, _Spreads] = {}
 
     def add(self, expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> None:
         """Add one batch of outputs by name; integers and those whose shapes differ (what a selection picks) have no noise."""
@@ -572,6 +578,7 @@ class _Noise:
             error = np.subtract(a, b, out=np.zeros_like(a), where=(a != b) & ~masked & ~(np.isnan(a) & np.isnan(b)))
             self.signal[name] = self.signal.get(name, 0.0) + float((a[np.isfinite(a) & ~masked] ** 2).sum())
             self.noise[name] = self.noise.get(name, 0.0) + float((error**2).sum())
+            self.columns.setdefault(name, _Spreads()).add(a, error, bool(masked.any()))
 
     def decibels(self) -> dict[str, float]:
         """Signal-to-noise ratio per output in dB: 0 where only the other one is not all zero, none where both are."""
@@ -581,6 +588,11 @@ class _Noise:
             if signal or self.noise[name]
         }
 
+    def worst_columns(self) -> dict[str, tuple[int, float]]:
+        """Per output, the column whose error is largest beside its spread, and the ratio of the two in dB."""
+        found = {name: spreads.worst() for name, spreads in self.columns.items()}
+        return {name: worst for name, worst in found.items() if worst is not None}
+
     def masked(self) -> dict[str, float]:
         """How much of an output is masked on both sides, in %; outputs without masks are left out."""
         return {name: round(100 * some / total, 1) for name, (some, total) in self.left_out.items() if some}
@@ -588,3 +600,34 @@ class _Noise:
     def silent(self) -> list[str]:
         """Outputs that are all zero on both sides."""
         return [name for name, signal in self.signal.items() if not signal and not self.noise[name]]
+
+
+class _Spreads:
+    """Variance of an output's columns, and of their errors, over all batches."""
+
+    def __init__(self) -> None:
+        self.rows, self.origin = 0, np.zeros(0)
+        self.sums = np.zeros((3, 0))  # of values less `origin`, their squares, squared errors
+        self.known = True
+
+    def add(self, values: np.ndarray, error: np.ndarray, masked: bool) -> None:
+        a, e = as_rows(values), as_rows(error)
+        if not self.rows and len(a):
+            self.origin, self.sums = a.mean(0), np.zeros((3, a.shape[1]))
+        self.known = self.known and not masked and a.shape[1] == len(self.origin) and bool(np.isfinite(a).all())
+        if self.known and len(a):
+            away = a - self.origin  # squares of a large mean would leave nothing of a small spread
+            self.rows += len(a)
+            self.sums += np.stack([away.sum(0), (away**2).sum(0), (e**2).sum(0)])
+
+    def worst(self) -> tuple[int, float] | None:
+        if not self.known or self.rows < 2:
+            return None
+        total, squares, errors = self.sums / self.rows
+        variances = squares - total**2
+        varies = variances > (NOISE * np.abs(self.origin)) ** 2
+        if not varies.any():
+            return None
+        ratios = np.where(varies, variances / np.maximum(errors, 1e-30), np.inf)
+        index = int(ratios.argmin())
+        return index, round(float(10 * np.log10(max(ratios[index], 1e-30))), 2)

@@ -40,7 +40,7 @@ def test_quantizes_and_reports(tmp_path: Path) -> None:
         assert any(line.startswith(word) for line in lines), word
     assert re.search(r"coverage +(\d+) of \1 layers \(\1 x 4 bit\)", run.stdout)
     phases = [line.split()[0] for line in run.stderr.splitlines()]
-    assert phases == ["prepare", "equalize", "calibrate", "ranges", "weights", "verify", "compare"]
+    assert phases == ["prepare", "plan", "equalize", "calibrate", "ranges", "weights", "verify", "compare"]
     assert json.loads(plan.read_text())["points"]
     assert yaml.safe_load(config.read_text())["weight_bits"] == 4
 

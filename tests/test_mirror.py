@@ -268,21 +268,19 @@ def test_building_changes_neither_graph_nor_parameters():
 # ---- odd names and constants
 
 
-def test_names_that_are_no_identifiers_or_taken():
+TAKEN = (  # in place of x, a, c, d, y, w, b, v, u
+    ("forward", "a.b", "a/b", "class", "training", "0", "parameters", "::", "code"),
+    ("meta", "graph", "replace", "output_names", "whole", "scale", "constant", "quantizers", "constants"),
+    ("root", "self", "torch", "taken", "qparams_of", "export", "input_names", "quantizer", "print_readable"),
+)
+
+
+@pytest.mark.parametrize("taken", TAKEN)
+def test_names_that_are_no_identifiers_or_taken(taken):
     w = weights(3)
     proto = parse("(float[2,4] x) => (float[2,4] y) { a = Gemm(x, w, b) c = Relu(a) d = Gemm(c, v) y = Add(d, u) }",
                   w=w(4, 4), b=w(4, fan=4), v=w(4, 4), u=w(2, 4))  # fmt: skip
-    names = {
-        "x": "forward",
-        "a": "a.b",
-        "c": "a/b",
-        "d": "class",
-        "y": "training",
-        "w": "0",
-        "b": "parameters",
-        "v": "::",
-        "u": "code",
-    }
+    names = dict(zip("xacdywbvu", taken, strict=True))
     for part in (proto.graph.input, proto.graph.output, proto.graph.initializer):
         for item in part:
             item.name = names[item.name]
@@ -291,8 +289,8 @@ def test_names_that_are_no_identifiers_or_taken():
         node.output[:] = [names[name] for name in node.output]
     case = quantize(proto, Rules(8, 8))
     (batch,) = feeds(proto, count=1)
-    assert_close(outputs(case.teacher, batch)["training"].numpy(), run_ort(proto, batch)["training"])
-    assert "parameters" in case.plan
+    assert_close(outputs(case.teacher, batch)[names["y"]].numpy(), run_ort(proto, batch)[names["y"]])
+    assert names["b"] in case.plan
     assert set(case.student.export(case.plan)) == set(case.plan)
 
 

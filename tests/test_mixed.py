@@ -15,6 +15,7 @@ from test_cli import cli
 
 import onnx_eptq
 from onnx_eptq import front, pipeline, sensitivity
+from onnx_eptq.config import Config
 from onnx_eptq.errors import UsageError
 from onnx_eptq.mixed import BUDGETS, Mixed
 from onnx_eptq.plan import Plan
@@ -192,6 +193,13 @@ def test_what_was_measured_is_kept_and_read(tmp_path: Path, monkeypatch: pytest.
         assert len(measured) > count
         count = len(measured)
     assert first.report.allocation is not None
+
+
+def test_several_bits_are_widths_to_choose_from() -> None:
+    listed = Config.make(weight_bits=[2, 4], act_bits=(4, 8), compression=9)
+    assert listed == Config.make(weight_choices=(2, 4), act_choices=(4, 8), compression=9)
+    with pytest.raises(UsageError, match="several widths need a budget"):
+        onnx_eptq.quantize(DIGITS, CALIB, weight_bits=[4, 8])
 
 
 def test_the_thorough_measure_is_its_own(folder: Path, mixed: Mixed) -> None:

@@ -21,7 +21,7 @@ from onnx_eptq.errors import DataError, ModelError
 from onnx_eptq.graph import is_mask, ruled_out
 
 ROOT = Path(__file__).parents[1]
-W = weights(5)
+W, DRAW = weights(5), weights(6)
 quantize = partial(onnx_eptq.quantize, method="rtn")  # learning has tests of its own
 ATTENTION = """(float[N,6,8] x) => (float[N,6,8] y) {
   q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv) t = Transpose <perm=[0,2,1]> (k)
@@ -113,6 +113,76 @@ def test_masks_do_not_eat_the_grid_of_the_scores(masked: str, value: float) -> N
     assert report.fidelity is not None
     assert report.fidelity.sqnr_db["y"] > 28
     assert any("mask" in reason or "between" in reason for reason in report.coverage.float_values.values())
+
+
+@pytest.mark.parametrize("length", ["6", "L"])
+@pytest.mark.parametrize("value", [-3.4e38, -np.inf])
+@pytest.mark.parametrize(
+    "made",
+    [
+        "big = ConstantOfShape <value=float[1] {VALUE}> (square) mask = Trilu <upper=1> (big, one)",
+        "big = Expand (low, square) cut = Trilu <upper=1> (big, one) mask = Unsqueeze (cut, none)",
+        "big = Expand (low, square) cut = Trilu <upper=1> (big, one) place = Range(nought, l, step) "
+        "row = Unsqueeze(place, none) column = Unsqueeze(place, last) later = Greater(row, column) on = Cast <to=1> (later) "
+        "mask = Mul(cut, on)",
+        "big = Where(yes, low, zero) wide = Expand(big, square) mask = Trilu <upper=1> (wide, one)",
+    ],
+    ids=["constant of shape", "expanded", "multiplied", "chosen"],
+)
+def test_masks_that_are_made_in_the_graph_keep_the_future_out(made: str, value: float, length: str) -> None:
+    if "Mul" in made and np.isinf(value):
+        pytest.skip("infinity times zero is no number")
+    made = (
+        f"sh = Shape(x) l2 = Gather(sh, at) l = Squeeze(l2) square = Concat <axis=0> (l2, l2) {made} m = Add(s, mask)"
+    )
+    text = ATTENTION.replace("N,6,8", f"N,{length},8").replace("m = %s", made)
+    constants = {
+        "one": np.int64(1), "none": i64(0), "last": i64(1), "at": i64(1), "low": np.float32(value), "yes": np.bool_(True),
+        "zero": np.float32(0), "nought": np.int64(0), "step": np.int64(1), "wq": DRAW(8, 8), "wk": DRAW(8, 8), "wv": DRAW(8, 8),
+    }  # fmt: skip
+    used = {name: array for name, array in constants.items() if f"{name}" in text}
+    model = parse(text.replace("VALUE", "0"), **used)
+    for node in model.graph.node:
+        if node.op_type == "ConstantOfShape":
+            node.attribute[0].t.CopyFrom(onnx.numpy_helper.from_array(f32(value)))
+    x = np.random.default_rng(4).standard_normal((64, 6, 8)).astype(np.float32)
+    result = quantize(model, x, weight_bits=8, threads=1)
+    assert result.report.fidelity is not None
+    assert result.report.fidelity.sqnr_db["y"] > 28
+    written = ort.InferenceSession(result.model.SerializeToString())
+    changed = x.copy()
+    changed[:, 3:] += 1
+    (first,), (second,) = written.run(None, {"x": x}), written.run(None, {"x": changed})
+    assert np.array_equal(first[:, :3], second[:, :3])  # what comes later changes nothing before
+
+
+YOUNGER = {
+    "Attention": (23, "y = Attention <q_num_heads=2, kv_num_heads=2, is_causal=1> (q, k, v)"),
+    "grouped Attention of opset 24": (24, "h = MatMul(x, wh) g = MatMul(x, wg) "
+                                          "y = Attention <q_num_heads=2, kv_num_heads=1> (q, h, g)"),
+    "RMSNormalization": (23, "n = RMSNormalization(q, scale) y = MatMul(n, wk)"),
+    "RotaryEmbedding": (23, "r = RotaryEmbedding <num_heads=2> (q, cosine, sine) y = MatMul(r, wk)"),
+    "Swish": (24, "s = Swish <alpha=1.5> (q) y = MatMul(s, wk)"),
+    "ReduceMean": (23, "m = ReduceMean <keepdims=1> (q, axis) y = Add(q, m)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", YOUNGER)
+def test_operators_of_young_opsets_are_written_out(name: str) -> None:
+    opset, body = YOUNGER[name]
+    constants = {
+        "wq": DRAW(8, 8), "wk": DRAW(8, 8), "wv": DRAW(8, 8), "wh": DRAW(8, 4), "wg": DRAW(8, 4), "scale": 1 + 0.1 * DRAW(8),
+        "cosine": np.cos(np.arange(12, dtype=np.float32)).reshape(1, 6, 2).repeat(4, 0),
+        "sine": np.sin(np.arange(12, dtype=np.float32)).reshape(1, 6, 2).repeat(4, 0), "axis": i64(1),
+    }  # fmt: skip
+    text = f"(float[4,6,8] x) => (float[4,6,8] y) {{ q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv) {body} }}"
+    model = parse(text, opset=opset, **{name: array for name, array in constants.items() if name in text})
+    x = np.random.default_rng(4).standard_normal((64, 6, 8)).astype(np.float32)
+    result = quantize(model, x, weight_bits=8, threads=1)
+    assert result.report.fidelity is not None
+    assert result.report.fidelity.sqnr_db["y"] > 28
+    assert not result.report.islands
+    assert {(o.domain, o.version) for o in result.model.opset_import} == {("", 21)}
 
 
 @pytest.mark.parametrize("value", [-1e4, -1e9, -np.inf])
@@ -570,3 +640,23 @@ def test_what_is_computed_in_float64_is_quantized_as_float32(name: str, options:
     assert [
         value.type.tensor_type.elem_type for value in (result.model.graph.input[0], result.model.graph.output[0])
     ] == [onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))] * 2
+
+
+def test_float64_beside_operators_of_other_domains_is_narrowed() -> None:
+    text = """(double[N,8] x) => (int64[N] label, float[N,2] p) {
+      c = Sub(x, mu) z = Cast <to=1> (c) s = Gemm(z, w) p = Softmax(s) best = ArgMax <axis=1, keepdims=0> (p)
+      wide = com.microsoft.ExpandDims(best, at) label = Squeeze(wide, at1) }"""
+    model = parse(text, mu=np.arange(8, dtype=np.float64), w=DRAW(8, 2), at=np.int32(1), at1=i64(1))
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    x = np.arange(8) + np.random.default_rng(4).standard_normal((64, 8))
+    result = quantize(model, x, threads=1)
+    assert result.report.islands
+    assert result.report.fidelity is not None
+    assert result.report.fidelity.sqnr_db["p"] > 28
+
+
+def test_what_holds_its_weights_in_foreign_operators_is_told_so() -> None:
+    model = parse("(float[N,2] x) => (float[N,1] y) { y = ai.onnx.ml.LinearRegressor <coefficients=[1.0, 2.0]> (x) }")
+    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", 1))
+    with pytest.raises(ModelError, match="the work of LinearRegressor is left to ONNX Runtime"):
+        quantize(model, np.zeros((8, 2), np.float32))

@@ -737,6 +737,13 @@ DECODED = """(float[N,3,4,4] x) => (float[N,16,5] y) {
 }"""
 
 
+def test_both_classes_of_one_score_share_a_grid():
+    draw = weights(4)
+    proto = parse("(float[N,4] x) => (float[N,2] y) { s = Gemm(x, w) p = Sigmoid(s) q = Sub(one, p) y = Concat <axis=1> (q, p) }",
+                  w=draw(4, 1, fan=4), one=np.float32(1))  # fmt: skip
+    assert {"p", "q", "y"} <= models.quantize(proto).plan.keys()
+
+
 @pytest.mark.parametrize(("score", "mixes"), [("Sigmoid(logits)", True), ("Neg(logits)", False)])
 def test_scores_and_coordinates_do_not_share_a_grid(score, mixes):
     """As the last operator of many detectors; joined with coordinates of 640, a score of 0.9 would be 0."""

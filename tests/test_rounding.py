@@ -265,7 +265,7 @@ def test_the_step_gradient_is_that_of_rounding_with_a_fixed_remainder(share):
 def test_a_learned_bias_moves_in_units_of_its_output():
     point = QuantPoint("b", Grid(32, True), "bias", scale_from=("x", "w"))
     bias = torch.tensor([0.5, -1.0, 2.0])
-    learned_bias = LearnedBias(BiasQuantizer(point), bias, unit=4.0)
+    learned_bias = LearnedBias(BiasQuantizer(point), bias, unit=torch.tensor(4.0))
     scales = torch.tensor(0.01), torch.tensor([0.02, 0.05, 0.03])
     assert torch.equal(learned_bias(bias, *scales).detach(), BiasQuantizer(point)(bias, *scales))
     learned_bias.shift.data = torch.tensor([0.1, -0.2, 0.0])

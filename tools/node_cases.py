@@ -32,6 +32,7 @@ KNOWN = {  # part of a case's name: why the simulation is not expected to comput
     "spacetodepth_dcr_mode": "the attribute `mode` is younger than the newest opset of models",
     "spacetodepth_crd_mode": "the attribute `mode` is younger than the newest opset of models",
     "_training_mode": "quantization is about inference",
+    "attention_4d_causal_fp16": "one step of float16 aside, where ONNX Runtime's result is, too",
     "training_dropout": "quantization is about inference",
     "linear_align_corners": "unlike ONNX Runtime, divides by an unrounded length",
     "cubic_align_corners": "unlike ONNX Runtime, divides by an unrounded length",

@@ -7,7 +7,7 @@ graph's inputs and outputs never change. Only the top-level graph is rewritten, 
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -124,6 +124,23 @@ def add_biases(graph: gs.Graph) -> int:
         node.inputs.append(bias)
         added += 1
     return added
+
+
+def even_inputs(graph: gs.Graph, ranges: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> int:
+    """Scale columns of inputs that differ to one size before the layers that read them; return how many inputs were scaled.
+
+    The layers' weights take the factors, powers of two, back. A column that lies far from zero beside what varies in it is
+    shifted, too, where the layers' biases can make up for it.
+
+    Args:
+        graph: prepared.
+        ranges: lowest and highest value of every column, by input.
+    """
+    changes = 0
+    for tensor in graph.inputs:
+        if tensor.name in ranges:
+            changes += linear.even_columns(graph, *linear.behind_affine(tensor, *ranges[tensor.name]))
+    return changes
 
 
 def free_batch(graph: gs.Graph) -> gs.Graph | None:

@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnx_eptq.graph import array, is_bounded_below, is_op, masks_sum, ruled_out
+from onnx_eptq.columns import INPUT_STEPS, are_served
+from onnx_eptq.graph import array, extras, is_bounded_below, is_op, masks_sum, ruled_out
 from onnx_eptq.prepare.constants import is_nonnegative
 from onnx_eptq.prepare.edit import (
     LINEAR,
@@ -37,7 +38,12 @@ from onnx_eptq.prepare.edit import (
 )
 
 LOG = logging.getLogger(__name__)
+FAR = 8.0  # times its range: from so far from zero on, a column is shifted
 _LEAST = -1e30  # stands for minus infinity
+_EVENING = (
+    "BatchNormalization", "Add", "Sub", "Mul", "Div", "Clip", "Min", "Max", "Cast", "Concat", "Reshape", "Flatten", "Squeeze",
+    "Unsqueeze", "Transpose", "Slice", "Gather",
+)  # fmt: skip
 
 
 def explicit_padding(graph: gs.Graph) -> int:
@@ -515,19 +521,34 @@ def split_masks(graph: gs.Graph) -> int:
 
 
 def fold_forward(graph: gs.Graph) -> int:
-    """Fold a BatchNormalization, product or sum per channel into the linear operator after it, where it is exact."""
+    """Fold a BatchNormalization, product or sum per channel into the linear operator after it, where it is exact.
+
+    But for what evens out the columns of an input: without it, one grid would have to serve them all.
+    """
     kept = output_ids(graph)
+    uneven = {id(tensor) for tensor in graph.inputs if tensor.name in extras(graph).uneven}
     changes = 0
     for node in graph.nodes:
         while is_op(node, "Conv", "ConvTranspose", "Gemm"):
             before = producer(node.inputs[0], "BatchNormalization", "Add", "Sub", "Mul", "Div")
             alone = before is not None and only_for(node.inputs[0], node, kept)
-            if before is None or not alone or not _absorb_before(graph, node, before):
+            if before is None or not alone or _comes_from(before, uneven) or not _absorb_before(graph, node, before):
                 break
             before.inputs.clear()
             before.outputs.clear()
             changes += 1
     return changes
+
+
+def _comes_from(node: gs.Node, inputs: set[int]) -> bool:
+    """Whether a node reads one of these inputs by way of sums, products and moves alone."""
+    for tensor in node.inputs:
+        (before,) = tensor.inputs or (None,)
+        if id(tensor) in inputs:
+            return True
+        if before is not None and is_op(before, *_EVENING) and _comes_from(before, inputs):
+            return True
+    return False
 
 
 def _absorb_before(graph: gs.Graph, linear: gs.Node, node: gs.Node) -> bool:
@@ -556,10 +577,75 @@ def _absorb_before(graph: gs.Graph, linear: gs.Node, node: gs.Node) -> bool:
     return True
 
 
+def behind_affine(source: gs.Tensor, low: Array, high: Array) -> tuple[gs.Tensor, Array, Array]:
+    """The value behind the sums and products per column that alone read another one, and the ranges of its columns."""
+    rank = rank_of(source) or 0
+    while len(source.outputs) == 1:
+        (node,) = source.outputs
+        found = _affine(node, 1, rank, len(low)) if rank_of(node.outputs[0]) == rank > 1 else None
+        if found is None:
+            break
+        _, scale, shift = found
+        ends = scale * low + shift, scale * high + shift
+        source, low, high = node.outputs[0], np.minimum(*ends), np.maximum(*ends)
+    return source, low, high
+
+
+def even_columns(graph: gs.Graph, source: gs.Tensor, low: Array, high: Array) -> bool:
+    """Bring columns of these ranges to one size; True where that was needed, and all that reads them are layers that can."""
+    readers = list({id(node): node for node in source.outputs}.values())
+    if (
+        are_served(low, high, INPUT_STEPS)
+        or not readers
+        or not all(_reads_columns(node, source, len(low)) for node in readers)
+    ):
+        return False
+    reach = np.maximum(np.abs(low), np.abs(high))
+    far = (reach > FAR * (high - low)) & (high > low)
+    shift = np.where(far, ((low + high) / 2).astype(np.float32), 0.0)
+    if far.any() and not all(_sees_no_padding(node) and not is_op(node, "MatMul") for node in readers):
+        shift = np.zeros_like(shift)
+    size = np.maximum(np.abs(low - shift), np.abs(high - shift))
+    scale = 2.0 ** -np.clip(np.round(np.log2(np.where(size > 0, size, 1.0))), -60, 60)
+    spread = (-1, *(1,) * (len(source.shape or ()) - 2))
+    value, spread = source, (1, *spread)
+    first = readers[0]
+    for op, by, neutral in (("Sub", shift, 0.0), ("Mul", scale, 1.0)):
+        if np.any(by != neutral):
+            constant = new_constant(graph, f"{source.name}_{op.lower()}", by.reshape(spread).astype(np.float32))
+            value = new_node(graph, op, [value, constant], like=first)
+            value.dtype, value.shape = source.dtype, source.shape
+    for node in readers:
+        weight = const_at(node, 1)
+        assert weight is not None
+        grouped, _ = _input_channels(node, weight.astype(np.float64))
+        wide = (node.attrs.get("group", 1), 1, -1, *(1,) * (grouped.ndim - 3))
+        if shift.any():
+            bias = const_at(node, 2)
+            offset = (grouped * shift.reshape(wide)).sum(axis=tuple(range(2, grouped.ndim))).reshape(-1)
+            set_constant(graph, node, 2, (offset + (0 if bias is None else bias)).astype(weight.dtype))
+        set_constant(graph, node, 1, _from_grouped(node, grouped / scale.reshape(wide), weight))
+        node.inputs[0] = value
+    graph.toposort()
+    return True
+
+
+def _reads_columns(node: gs.Node, source: gs.Tensor, columns: int) -> bool:
+    """Whether a node is a layer that multiplies so many columns (channels) of a value by constants of its own."""
+    weight = const_at(node, 1) if is_op(node, *LINEAR) else None
+    if weight is None or node.inputs[0] is not source or node.attrs.get("transA") or len(node.inputs[1].outputs) > 1:
+        return False
+    bias = const_at(node, 2)
+    if bias is None and input_at(node, 2) is not None:
+        return False
+    rank = 2 if is_op(node, "Gemm", "MatMul") else weight.ndim
+    return weight.ndim == rank and rank_of(source) == rank and _input_channels(node, weight)[1] == columns
+
+
 def _input_channels(linear: gs.Node, weight: Array) -> tuple[Array, int]:
     """Return the weight as [group, out, in, ...] and the number of input channels."""
     group = linear.attrs.get("group", 1)
-    if linear.op == "Gemm":
+    if linear.op in ("Gemm", "MatMul"):
         matrix = weight if linear.attrs.get("transB") else weight.T
         return matrix[None], matrix.shape[1]
     if linear.op == "Conv":
@@ -568,14 +654,14 @@ def _input_channels(linear: gs.Node, weight: Array) -> tuple[Array, int]:
 
 
 def _from_grouped(linear: gs.Node, grouped: Array, weight: Array) -> Array:
-    if linear.op == "Gemm":
+    if linear.op in ("Gemm", "MatMul"):
         matrix: Array = grouped[0]
         return matrix if linear.attrs.get("transB") else matrix.T
     return (grouped.swapaxes(1, 2) if linear.op == "ConvTranspose" else grouped).reshape(weight.shape)
 
 
 def _sees_no_padding(linear: gs.Node) -> bool:
-    if linear.op == "Gemm":
+    if linear.op in ("Gemm", "MatMul"):
         return True
     explicit = linear.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID") and not any(linear.attrs.get("pads", []))
     return linear.op == "Conv" and explicit

@@ -56,10 +56,10 @@ def lower_opset(graph: gs.Graph, opset: int) -> None:
     og.toposort(graph)
     for node in (node for node in graph.nodes if node.domain in og.STANDARD_DOMAINS):
         axes = const_at(node, 1)
-        if node.op.startswith("Reduce") and node.op != "ReduceSum" and axes is not None:
+        schema, older = onnx.defs.get_schema(node.op, graph.opset, ""), _schema(node.op, opset)
+        if node.op.startswith("Reduce") and axes is not None and older and "axes" in older.attributes:
             node.attrs["axes"] = [int(axis) for axis in axes.ravel()]
             shorten(node.inputs, 1)
-        schema, older = onnx.defs.get_schema(node.op, graph.opset, ""), _schema(node.op, opset)
         if older:
             for name in set(node.attrs) - set(older.attributes):
                 default = onnx.helper.get_attribute_value(schema.attributes[name].default_value)

@@ -5,7 +5,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
 
-from onnx_eptq.graph import is_op, is_packed
+from onnx_eptq.graph import STANDARD_DOMAINS, is_op, is_packed
 from onnx_eptq.prepare.edit import Array, fresh_name, replace_uses
 
 # What float64 reaches beyond is cut off: masks are often the least number of their type.
@@ -16,13 +16,13 @@ def narrow_doubles(graph: gs.Graph) -> int:
     """Compute in float32 what exporters compute in float64 (positions, limits, constants of other libraries).
 
     Inputs and outputs of float64 keep their type, behind and before a Cast. Nothing is done where a node could depend on the
-    type: one that has a body, or comes from another domain.
+    type: one that has a body, or one of another domain that reads or makes such values.
     """
     tensors = list(graph.tensors().values())
     wide = [tensor for tensor in tensors if _is_double(tensor)]
     fixed = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}
     inner = [tensor for tensor in wide if id(tensor) not in fixed]
-    if not inner or any(list(node.subgraphs()) or node.domain not in (None, "", "ai.onnx") for node in graph.nodes):
+    if not inner or any(_may_depend(node) for node in graph.nodes):
         return 0
     for tensor in graph.inputs:
         if _is_double(tensor):
@@ -52,6 +52,13 @@ def narrow_doubles(graph: gs.Graph) -> int:
         if is_op(node, "ConstantOfShape") and isinstance(value, gs.Constant) and _is_double(value):
             node.attrs["value"] = gs.Constant(value.name, _narrow(value.values))
     return len(inner)
+
+
+def _may_depend(node: gs.Node) -> bool:
+    foreign = node.domain not in STANDARD_DOMAINS and any(
+        _is_double(tensor) for tensor in (*node.inputs, *node.outputs)
+    )
+    return foreign or bool(list(node.subgraphs()))
 
 
 def _cast(graph: gs.Graph, source: gs.Tensor, result: gs.Variable) -> None:

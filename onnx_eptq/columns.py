@@ -1,0 +1,63 @@
+"""Which inputs and outputs hold columns (features, channels) that one grid cannot serve, as their scales differ too much."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+MOST = 512  # columns; a longer axis holds positions or classes, which are of one kind
+LEVELS = 255  # steps of an 8-bit grid
+NOISE = 1e-6  # of a column's magnitude: what moves less is constant
+INPUT_STEPS = 16  # that a column of an input covers, at least, where one grid serves all of them;
+OUTPUT_STEPS = 4  # and of an output, behind which nothing can add to the loss
+
+Array = np.ndarray
+
+
+class Columns:
+    """Ranges of the columns of one value, taken while batches go by.
+
+    Columns lie along axis 1 or the last one, whichever is shorter; the first axis counts samples.
+    """
+
+    def __init__(self) -> None:
+        self.low, self.high = np.zeros(0), np.zeros(0)
+
+    def add(self, x: Array) -> None:
+        """Take in one batch."""
+        if not x.size or not np.isfinite(x).all():
+            return
+        rows = as_rows(x).astype(np.float64)
+        low, high = rows.min(0), rows.max(0)
+        if len(self.low) not in (0, len(low)):  # their number is open: there are no columns, then
+            low, high = low.min(keepdims=True), high.max(keepdims=True)
+            self.low, self.high = self.low.min(keepdims=True), self.high.max(keepdims=True)
+        self.low = np.minimum(self.low, low) if len(self.low) else low
+        self.high = np.maximum(self.high, high) if len(self.high) else high
+
+    def are_served(self, steps: float) -> bool:
+        """Whether one grid serves them; see the function."""
+        return not len(self.low) or are_served(self.low, self.high, steps)
+
+
+def are_served(low: Array, high: Array, steps: float) -> bool:
+    """Whether every column that varies covers so many steps of the grid from the lowest to the highest value, and zero."""
+    own = high - low
+    varies = own > NOISE * np.maximum(np.abs(low), np.abs(high))
+    step = (max(high.max(), 0.0) - min(low.min(), 0.0)) / LEVELS
+    return not bool((varies & (own < steps * step)).any())
+
+
+def column_axis(shape: Sequence[int]) -> int | None:
+    """Where the columns of a batch lie; None where it has none."""
+    if len(shape) < 2:
+        return None
+    axis = 1 if shape[1] <= shape[-1] else len(shape) - 1
+    return axis if shape[axis] <= MOST else None
+
+
+def as_rows(x: Array) -> Array:
+    """A batch as [rows, columns]; with one column where it has none."""
+    axis = column_axis(x.shape)
+    return x.reshape(-1, 1) if axis is None else np.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])

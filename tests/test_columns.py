@@ -1,0 +1,238 @@
+"""Inputs and outputs whose columns differ in scale: none of them may be lost on a grid that serves the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+import onnx_eptq
+from models import f32, parse, weights
+from onnx_eptq import graph as graphs
+from onnx_eptq.columns import MOST, Columns, are_served, column_axis
+from onnx_eptq.eptq import Judge, column_factors
+from onnx_eptq.mirror import build
+from onnx_eptq.pipeline import LOW_COLUMN, low_fidelity
+from onnx_eptq.prepare import even_inputs, prepare
+from onnx_eptq.verify import measure_fidelity
+
+W = weights(3)
+SCALES = f32(1e-3, 0.02, 0.3, 1, 10, 60, 400, 3000)
+DRAWN = np.random.default_rng(0).standard_normal((256, 8)).astype(np.float32)
+RAW = SCALES * (2 + DRAWN)
+MLP = "a = Gemm(z, w, b) q = Relu(a) y = Gemm(q, v) }"
+CONSTANTS = {"mu": 2 * SCALES, "sd": SCALES, "w": W(8, 16, fan=8), "b": W(16), "v": W(16, 3, fan=16)}
+FRONTS = {
+    "standardised": "c = Sub(x, mu) z = Div(c, sd)",
+    "by product and sum": "c = Mul(x, by) z = Add(c, plus)",
+    "by BatchNormalization": "z = BatchNormalization <epsilon=0.0> (x, one, zero, mu, var)",
+    "clipped in between": "c = Sub(x, mu) d = Clip(c, low, high) z = Div(d, sd)",
+    "clipped behind": "c = Sub(x, mu) d = Div(c, sd) z = Clip(d, least, most)",
+    "centred only": "z = Sub(x, mu)",
+    "raw": "z = Identity(x)",
+}
+MORE = {
+    "by": 1 / SCALES, "plus": np.full(8, -2, np.float32), "one": np.ones(8, np.float32), "zero": np.zeros(8, np.float32),
+    "var": SCALES**2, "low": f32(-1e5)[0], "high": f32(1e5)[0], "least": f32(-3)[0], "most": f32(3)[0],
+}  # fmt: skip
+quantize = onnx_eptq.quantize
+
+
+def run(model: Any, **feeds: np.ndarray) -> list[np.ndarray]:
+    proto = model if isinstance(model, onnx.ModelProto) else graphs.to_model(graphs.copy(model))
+    return list(ort.InferenceSession(proto.SerializeToString()).run(None, feeds))
+
+
+def decibels(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Signal-to-noise ratio of what varies in each column."""
+    away = expected.astype(np.float64) - expected.mean(0)
+    return 10 * np.log10((away**2).sum(0) / ((expected - found).astype(np.float64) ** 2).sum(0))
+
+
+def mlp(front: str, scale: np.ndarray = SCALES) -> onnx.ModelProto:
+    used = {
+        name: value for name, value in {**CONSTANTS, **MORE}.items() if name in front.split("z =")[-1] or name in front
+    }
+    # Behind raw or only centred columns the weights bring them to one scale.
+    layer = {
+        "w": CONSTANTS["w"] / (scale[:, None] if "sd" not in front and "by" not in front and "var" not in front else 1)
+    }
+    text = f"(float[N,8] x) => (float[N,3] y) {{ {front} {MLP}"
+    return parse(text, **{**{name: CONSTANTS[name] for name in ("w", "b", "v")}, **used, **layer})
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_columns_of_an_input_keep_what_each_of_them_says(front: str) -> None:
+    model = mlp(FRONTS[front])
+    result = quantize(model, RAW, method="rtn", threads=1)
+    (expected,), (found,) = run(model, x=RAW), run(result.model, x=RAW)
+    assert decibels(expected, found).min() > 28
+    assert "evens out the columns of 'x'" in result.plan.floats["x"]
+    assert result.report.coverage.complete
+
+
+def test_a_scaler_before_a_padded_convolution_stays_float() -> None:
+    scales = f32(1e-3, 1, 1000)
+    x = (scales[:, None] * (3 + np.random.default_rng(1).standard_normal((64, 3, 20)))).astype(np.float32)
+    text = "(float[N,3,20] x) => (float[N,4,20] y) { c = Sub(x, mu) z = Div(c, sd) y = Conv <pads=[1,1]> (z, w) }"
+    model = parse(text, mu=3 * scales[:, None], sd=scales[:, None], w=W(4, 3, 3))
+    result = quantize(model, x, method="rtn", threads=1)
+    (expected,), (found,) = run(model, x=x), run(result.model, x=x)
+    assert 10 * np.log10((expected**2).sum() / ((expected - found) ** 2).sum()) > 30
+    assert {"x", "c"} <= result.plan.floats.keys()
+    assert not {"mu", "sd"} & result.plan.keys()
+
+
+def test_images_keep_one_grid_and_their_normalisation_is_folded() -> None:
+    x = np.random.default_rng(2).integers(0, 256, (32, 3, 8, 8)).astype(np.float32)
+    mean, std = (f32(*v).reshape(3, 1, 1) for v in ((123, 116, 103), (58, 57, 57)))
+    text = "(float[N,3,8,8] x) => (float[N,4,6,6] y) { c = Sub(x, m) z = Div(c, s) y = Conv(z, w) }"
+    result = quantize(parse(text, m=mean, s=std, w=W(4, 3, 3, 3)), x, method="rtn", threads=1)
+    assert "x" in result.plan
+    assert not result.plan.floats
+
+
+def test_raw_columns_are_scaled_before_their_layers_and_the_float_graph_computes_the_same() -> None:
+    x = np.concatenate([RAW, 1e4 + 10 * DRAWN[:, :1]], 1)
+    text = "(float[N,9] x) => (float[N,4] y, float[N,2] u) { y = Gemm(x, w, b) u = Gemm <transB=1> (x, v, c) }"
+    model = parse(text, w=W(9, 4) / x.std(0)[:, None], b=W(4), v=W(2, 9) / x.std(0), c=W(2))
+    graph = graphs.load(model)
+    prepare(graph)
+    assert even_inputs(graph, {"x": (x.min(0).astype(float), x.max(0).astype(float))}) == 1
+    assert [node.op for node in graph.nodes] == ["Sub", "Mul", "Gemm", "Gemm"]
+    factors = graph.nodes[1].inputs[1].values
+    assert np.array_equal(np.log2(factors), np.round(np.log2(factors)))
+    scaled = (x - graph.nodes[0].inputs[1].values) * factors
+    assert 0.5 <= np.abs(scaled).max(0).min() <= np.abs(scaled).max() <= 2
+    for expected, found in zip(run(model, x=x), run(graph, x=x), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-3 * np.abs(expected).max())
+    result = quantize(model, x, method="rtn", threads=1)
+    for expected, found in zip(run(model, x=x), run(result.model, x=x), strict=True):
+        assert decibels(expected, found).min() > 28
+    other = graphs.load(parse("(float[N,8] x) => (float[N,8] y) { r = Relu(x) y = Gemm(r, w) }", w=W(8, 8)))
+    assert even_inputs(other, {"x": (RAW.min(0).astype(float), RAW.max(0).astype(float))}) == 0  # no layer reads it
+
+
+TARGETS = f32(10, 2000, 2e-3), f32(295, 101325, 2e-3)
+
+
+def regressor() -> onnx.ModelProto:
+    sd, mu = TARGETS
+    text = "(float[N,8] x) => (float[N,3] y) { a = Gemm(x, w, b) q = Relu(a) y = Gemm(q, v, m) }"
+    return parse(text, w=CONSTANTS["w"], b=CONSTANTS["b"], v=CONSTANTS["v"] * sd, m=mu)
+
+
+@pytest.mark.parametrize("method", ["rtn", "eptq", "adaquant"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_column_of_an_output_is_lost_or_learned_away(method: str, bits: int) -> None:
+    model = regressor()
+    result = quantize(model, DRAWN, method=method, weight_bits=bits, threads=1, steps=40 if method != "rtn" else None)
+    (expected,), (found,) = run(model, x=DRAWN), run(result.model, x=DRAWN)
+    assert decibels(expected, found).min() > (28 if bits == 8 else 15)
+    assert "columns differ in scale" in result.plan.floats["y"]
+
+
+def test_scales_behind_the_last_activation_stay_float_with_their_output() -> None:
+    sd, mu = TARGETS
+    text = "(float[N,8] x) => (float[N,3] y) { a = Gemm(x, w, b) q = Tanh(a) p = Mul(q, sd) y = Add(p, mu) }"
+    model = parse(text, w=W(8, 3), b=W(3), sd=sd, mu=mu)
+    result = quantize(model, DRAWN, method="rtn", threads=1)
+    (expected,), (found,) = run(model, x=DRAWN), run(result.model, x=DRAWN)
+    assert decibels(expected, found).min() > 30
+    assert not {"sd", "mu", "p", "y"} & result.plan.keys()
+    assert "gives the columns of 'y' their scales" in result.plan.floats["p"]
+
+
+def test_shares_and_class_scores_are_no_columns_of_different_scale() -> None:
+    skewed = DRAWN * f32(4, 1, 1, 1, 1, 1, 1, 1)
+    for end in ("y = Softmax(s)", "y = Sigmoid(s)", "y = Identity(s)"):
+        model = parse(f"(float[N,8] x) => (float[N,3] y) {{ s = Gemm(x, w, b) {end} }}", w=W(8, 3), b=f32(0, -4, -6))
+        assert "y" in quantize(model, skewed, method="rtn", threads=1).plan
+
+
+def test_ranges_of_columns() -> None:
+    seen = Columns()
+    for rows in (RAW[:100], RAW[100:]):
+        seen.add(rows)
+    assert np.array_equal(seen.low, RAW.min(0).astype(float))
+    assert np.array_equal(seen.high, RAW.max(0).astype(float))
+    assert not seen.are_served(16)
+    assert Columns().are_served(16)
+    assert are_served(
+        np.array([0.0, 0, 0.5]), np.array([1.0, 0.07, 0.5]), 16
+    )  # 17.85 steps; the last one does not vary
+    assert not are_served(np.array([0.0, 0]), np.array([1.0, 0.05]), 16)
+    assert not are_served(np.array([9990.0]), np.array([10010.0]), 4)  # half a step: the grid reaches down to zero
+    for shape, axis in (
+        ((4,), None),
+        ((4, 3), 1),
+        ((4, MOST + 1), None),
+        ((4, 9, 3), 2),
+        ((4, 3, 9), 1),
+        ((4, 5, 8, 8), 1),
+    ):
+        assert column_axis(shape) == axis
+    open_ = Columns()
+    open_.add(np.ones((2, 3), np.float32))
+    open_.add(np.full((2, 5), 7, np.float32))
+    assert (open_.low.tolist(), open_.high.tolist()) == ([1], [7])
+    broken = Columns()
+    broken.add(f32(1, np.inf)[None])
+    assert broken.are_served(16)
+
+
+def test_students_are_judged_by_every_column() -> None:
+    model = regressor()
+    graph = graphs.load(model)
+    prepare(graph)
+    teacher, student = build(graph), build(graph)
+    samples = [torch.from_numpy(DRAWN)]
+    bias = next(name for name in student.constants if student.constant(name).shape == (3,))
+    with torch.no_grad():
+        student.constant(bias)[2] += 2e-3  # one standard deviation, about, of the smallest column
+    assert Judge(teacher, graph, ["y"], samples, 32).distance(student) < 1e-9
+    graphs.extras(graph).uneven = ["y"]
+    judge = Judge(teacher, graph, ["y"], samples, 32)
+    (y,) = run(model, x=DRAWN)
+    assert judge.distance(student) == pytest.approx((2e-3 / y[:, 2].astype(float).std()) ** 2 / 3, rel=0.02)
+    factors = column_factors(graph, ["y"], [torch.from_numpy(y)])["y"]
+    np.testing.assert_allclose(factors.numpy(), 1 / y.astype(float).std(0, keepdims=True), rtol=1e-3)
+    assert not column_factors(graph, ["a"], [torch.from_numpy(y)])
+
+
+def test_fidelity_names_the_column_that_the_others_hide() -> None:
+    model = regressor()
+    blurred = onnx.ModelProto()
+    blurred.CopyFrom(model)
+    blurred.graph.output[0].name = blurred.graph.node[-1].output[0] = "sum"
+    blurred.graph.node.append(onnx.helper.make_node("Floor", ["sum"], ["y"]))
+    blurred.graph.output[0].name = "y"
+    batches = [{"x": DRAWN[:100]}, {"x": DRAWN[100:]}]
+    fidelity = measure_fidelity(model, blurred, batches, 1)
+    (y,), (floored,) = run(model, x=DRAWN), run(blurred, x=DRAWN)
+    expected = decibels(y, floored)
+    index, found = fidelity.worst["y"]
+    assert index == expected.argmin() == 2
+    assert found == pytest.approx(float(expected.min()), abs=0.02)
+    assert found < LOW_COLUMN
+    (warning,) = low_fidelity(fidelity, "")
+    assert "column 2" in warning
+    assert fidelity.sqnr_db["y"] > 40
+    same = measure_fidelity(model, model, batches, 1)
+    assert not low_fidelity(same, "")
+
+
+def test_constants_beside_float_values_or_asked_for_stay_float() -> None:
+    text = "(float[N,8] x) => (float[N,3] y) { c = Mul(x, k) z = Relu(c) s = Mul(z, l) t = Tanh(s) y = Gemm(t, w) }"
+    model = parse(text, k=W(8), l=W(8), w=W(8, 3))
+    usual = quantize(model, DRAWN, method="rtn", threads=1).plan
+    assert {"k", "l"} <= usual.keys()
+    asked = quantize(model, DRAWN, method="rtn", threads=1, keep_float=("l",)).plan
+    assert asked.floats["l"] == "kept float as asked"
+    assert "k" in asked
+    beside = quantize(model, DRAWN, method="rtn", threads=1, keep_float=("x",)).plan
+    assert "k" not in beside
