@@ -84,6 +84,14 @@ def quantize(
         str | None, option(QUANT, "How weights of 4 bits and less are stored: int8, int4, cast, lut [the target's]")
     ] = None,
     opset: Annotated[int | None, option(QUANT, "Opset of the file: 21, or 13 without 4-bit tensors [21]")] = None,
+    strip_notes: Annotated[
+        bool | None,
+        option(
+            QUANT,
+            "Leave out what the exporter noted on nodes and values (metadata, doc strings) [keep]",
+            "--strip-notes/--keep-notes",
+        ),
+    ] = None,
     calibration: Annotated[
         str | None,
         option(QUANT, "Activation ranges by: hmse (error weighted by LFH), mse, minmax, percentile, entropy [hmse]"),

@@ -54,6 +54,7 @@ class Config(BaseModel):
         "output",
         description="How weight scales are chosen: by the layer's output error, absmax, mse, or hmse (weighted by LFH)",
     )
+    strip_notes: bool = Field(False, description="Leave out what the exporter noted on nodes and values")
     bias_correction: bool = Field(True, description="Add the mean error of rounded weights to the biases")
     equalize: bool = Field(
         True, description="Even out channels between layers, where that lowers the error of the layers behind"

@@ -20,14 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onnx_eptq import checkpoint, hessian, islands, pieces
-from onnx_eptq import graph as graphs
 from onnx_eptq.calibrate import fit_biases
 from onnx_eptq.checkpoint import State
-from onnx_eptq.columns import NOISE, column_axis
 from onnx_eptq.compensate import compensate
 from onnx_eptq.grid import along, flat
 from onnx_eptq.methods import Effort, Method, Stage
-from onnx_eptq.mirror import BiasQuantizer, Mirror, Quantizer
+from onnx_eptq.mirror import BiasQuantizer, Mirror, Quantizer, column_factors
 from onnx_eptq.outputs import distributed, judged_targets, learning_targets
 from onnx_eptq.pieces import Piece
 from onnx_eptq.plan import Layer, Plan
@@ -123,7 +121,7 @@ class Judge:
         self.targets, self.samples, self.batch, self.mapped = targets, samples, batch, mapped
         self.axes = distributed(graph, targets)
         self.expected = self._outputs(teacher)
-        self.factors = column_factors(graph, targets, self.expected)
+        self.factors = column_factors(teacher, targets, self.expected)
 
     @torch.no_grad()
     def _outputs(self, mirror: Mirror) -> list[Tensor]:
@@ -150,20 +148,6 @@ class Judge:
     def distance(self, student: Mirror) -> float:
         """Mean over the samples: 0 when the student's outputs are the teacher's; infinite when they are no numbers."""
         return mean(self.losses(student))
-
-
-def column_factors(graph: gs.Graph, names: Sequence[str], values: Sequence[Tensor]) -> dict[str, Tensor]:
-    """By the name of each output whose columns differ in scale: what brings every one of them to a standard deviation of 1."""
-    found = {}
-    for name, value in zip(names, values, strict=True):
-        if name in graphs.extras(graph).uneven:
-            axis = column_axis(value.shape)
-            others = tuple(i for i in range(value.ndim) if i != axis)
-            x = value.double()
-            spread = (x - x.mean(others, keepdim=True)).square().mean(others, keepdim=True).sqrt()
-            least = NOISE * x.abs().amax(others, keepdim=True)  # of a column that does not vary
-            found[name] = (1 / torch.maximum(spread, least).clamp(min=1e-30)).to(value)
-    return found
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -508,7 +492,7 @@ class _Piece:
         found = [self._expected(chunk) for chunk in first_batch]
         few = [_joined(values) for values in zip(*found, strict=True)]
         names = [*wanted, *crossing]
-        factors = column_factors(problem.graph, names, few)
+        factors = column_factors(teacher, names, few)
         self.factors = [factors.get(name) for name in names]
         few = [x if f is None else torch.ones_like(x) for x, f in zip(few, self.factors, strict=True)]
         self.coefficients = _coefficients(problem, stage, few[: len(few) - self.distributions], self.layers)

@@ -208,6 +208,23 @@ def _import(model: onnx.ModelProto) -> gs.Graph:
     return graph
 
 
+def notes_bytes(graph: gs.Graph) -> int:
+    """Bytes, about, of what the exporter noted on the graph's nodes and values: doc strings and metadata."""
+    found, live = extras(graph), {node.name for scope in scopes(graph) for node in scope.nodes}
+    notes = [(entry.doc_string, entry.metadata) for name, entry in found.nodes.items() if name in live]
+    notes += list(found.values.values())
+    return sum(len(text) + sum(len(key) + len(value) for key, value in entries.items()) for text, entries in notes)
+
+
+def strip_notes(graph: gs.Graph) -> None:
+    """Forget what `notes_bytes` counts; what is noted on the model itself, such as names of classes, stays."""
+    found = extras(graph)
+    found.values.clear()
+    for entry in found.nodes.values():
+        entry.doc_string = ""
+        entry.metadata.clear()
+
+
 def _inline(model: onnx.ModelProto, composed: Collection[str]) -> onnx.ModelProto:
     """Write out the model's own functions, and these operators as the ONNX specification composes them of older ones."""
     import onnx.inliner  # rarely needed

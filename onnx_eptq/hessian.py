@@ -21,7 +21,7 @@ from torch import Tensor
 from onnx_eptq import pieces
 from onnx_eptq.calibrate import Stats, weight_mse
 from onnx_eptq.grid import QParams
-from onnx_eptq.mirror import Mirror
+from onnx_eptq.mirror import Mirror, column_factors
 from onnx_eptq.outputs import judged_targets, learning_targets
 from onnx_eptq.plan import Layer, Plan
 
@@ -37,24 +37,36 @@ def per_sample(x: Tensor, samples: int, channel_axis: int) -> Tensor:
 
 
 @torch.no_grad()
-def _head_scales(run: pieces.Function, targets: Sequence[str], samples: Sequence[Tensor], batch: int) -> list[float]:
-    """Factors that bring several targets to equal power per sample, so that a large head does not drown a small one."""
-    if len(targets) == 1:
+def _head_scales(
+    teacher: Mirror, run: pieces.Function, targets: Sequence[str], samples: Sequence[Tensor], batch: int
+) -> list[float | Tensor]:
+    """Factors that bring several targets to equal power per sample, so that a large head does not drown a small one.
+
+    The same goes for the columns of a head where they differ in scale.
+    """
+    if len(targets) == 1 and not teacher.uneven:
         return [1.0]
-    powers = [0.0] * len(targets)
+    powers, factors = [0.0] * len(targets), list[float | Tensor]()
     for inputs in _batches(samples, batch):
-        found = [float(z.double().square().sum()) for z in run(*inputs)]
+        outputs = run(*inputs)
+        if not factors:
+            even = column_factors(teacher, targets, outputs)
+            factors = [even.get(name, 1.0) for name in targets]
+        found = [float((z.double() * f).square().sum()) for z, f in zip(outputs, factors, strict=True)]
         powers = [a + b for a, b in zip(powers, found, strict=True)]
-    return [(len(samples[0]) / power) ** 0.5 if power > 0 else 0.0 for power in powers]
+    return [
+        f * (len(samples[0]) / power) ** 0.5 if power > 0 else 0.0 for f, power in zip(factors, powers, strict=True)
+    ]
 
 
-def _together(outputs: Sequence[Tensor], scales: Sequence[float], samples: int) -> Tensor:
+def _together(outputs: Sequence[Tensor], scales: Sequence[float | Tensor], samples: int) -> Tensor:
     """All targets as one tensor [samples, d]; what holds no rows of samples (a mean over all, a constant) is in the first."""
+    scaled = [z * scale for z, scale in zip(outputs, scales, strict=True)]
     rows = (
         z.reshape(samples, -1) if z.numel() % samples == 0 else F.pad(z.reshape(1, -1), (0, 0, 0, samples - 1))
-        for z in outputs
+        for z in scaled
     )
-    return torch.cat([row * scale for row, scale in zip(rows, scales, strict=True)], 1)
+    return torch.cat(list(rows), 1)
 
 
 def directions(d: int, samples: int, probes: int, exact: bool, generator: torch.Generator) -> Iterator[Tensor]:
@@ -140,7 +152,7 @@ def squared_gradients(
     ends = [raw[name] for name in targets]
     places = pieces.placeholders(teacher)
     run = pieces.function(teacher, places, [*(raw[name] for name in names), *ends])
-    scales = _head_scales(pieces.function(teacher, places, ends), targets, samples, batch)
+    scales = _head_scales(teacher, pieces.function(teacher, places, ends), targets, samples, batch)
     generator = torch.Generator().manual_seed(seed)
     for inputs in _batches(samples, batch):
         count = len(inputs[0])
@@ -175,7 +187,7 @@ def projected_gradients(
     raw = pieces.raw_nodes(teacher)
     targets = learning_targets(graph)
     run = pieces.function(teacher, pieces.placeholders(teacher), [raw[name] for name in targets])
-    scales = _head_scales(run, targets, samples, batch)
+    scales = _head_scales(teacher, run, targets, samples, batch)
     generator = torch.Generator().manual_seed(seed)
     batches = list(_batches(samples, batch))
     each = max(1, -(-passes // len(batches)))
@@ -281,7 +293,7 @@ def weight_hessian(
     targets = learning_targets(graph)
     names = list(dict.fromkeys(layer.weight.name for layer in layers))
     run = pieces.function(teacher, pieces.placeholders(teacher), [raw[name] for name in targets])
-    scales = _head_scales(run, targets, samples, batch)
+    scales = _head_scales(teacher, run, targets, samples, batch)
     generator = torch.Generator().manual_seed(seed)
     weights = [teacher.constant(name).requires_grad_(True) for name in names]
     sums = [torch.zeros_like(weight, dtype=torch.float64) for weight in weights]

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from onnx_eptq import graph as graphs
 from onnx_eptq import grid as grids
+from onnx_eptq.columns import NOISE, column_axis
 from onnx_eptq.data import no_batch_axis
 from onnx_eptq.errors import ModelError
 from onnx_eptq.grid import QParams, Quantized
@@ -79,13 +80,14 @@ class Mirror(fx.GraphModule):
     constants: dict[str, str]  # value -> parameter or buffer name
     input_names: list[str]
     output_names: list[str]
+    uneven: list[str]  # outputs whose columns differ in scale
     whole: bool
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mirror:
         """An independent copy; fx alone would forget the tables above."""
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, Mirror)
-        for table in ("quantizers", "constants", "input_names", "output_names", "whole"):
+        for table in ("quantizers", "constants", "input_names", "output_names", "uneven", "whole"):
             setattr(twin, table, copy.deepcopy(getattr(self, table)))
         return twin
 
@@ -258,6 +260,7 @@ class _Builder:
         mirror.quantizers, mirror.constants = self.quantizers, self.constants
         mirror.input_names = [tensor.name for tensor in self.source.inputs]
         mirror.output_names = [tensor.name for tensor in self.source.outputs]
+        mirror.uneven = [name for name in graphs.extras(self.source).uneven if name in mirror.output_names]
         mirror.whole = whole
         return mirror
 
@@ -339,3 +342,17 @@ class Probe(fx.Interpreter):
         result = super().run_node(n)
         value = n.meta.get("value")
         return result if value is None or n.op == "get_attr" else self.callback(value, result)
+
+
+def column_factors(mirror: Mirror, names: Sequence[str], values: Sequence[Tensor]) -> dict[str, Tensor]:
+    """By the name of each output whose columns differ in scale: what brings every one of them to a standard deviation of 1."""
+    found = {}
+    for name, value in zip(names, values, strict=True):
+        if name in mirror.uneven:
+            axis = column_axis(value.shape)
+            others = tuple(i for i in range(value.ndim) if i != axis)
+            x = value.double()
+            spread = (x - x.mean(others, keepdim=True)).square().mean(others, keepdim=True).sqrt()
+            least = NOISE * x.abs().amax(others, keepdim=True)  # of a column that does not vary
+            found[name] = (1 / torch.maximum(spread, least).clamp(min=1e-30)).to(value)
+    return found

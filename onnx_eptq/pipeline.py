@@ -70,10 +70,12 @@ FIDELITY_SAMPLES, LEAST_FIDELITY = 256, 32  # how many are compared, and of larg
 PARITY_SAMPLES = 8
 RUNTIME_MARGIN = 3.0  # dB above the whole error: half of it is then the runtime's own
 HARMLESS_SQNR = 40.0  # dB; above, an error is as small as that of one rounding to 8 bits, whoever makes it
-COLUMN_SAMPLES = 64  # by which columns of inputs and outputs are compared
+SMALL = 1024  # elements of a sample: of smaller ones, more are looked at where
+COLUMN_SAMPLES, FEW_COLUMN_SAMPLES = 64, 16  # the columns of inputs and outputs are compared
 ALIKE = 8  # samples that are compared: if they are the same, so may be all
 UNSEEN = 0.5  # a score of 0 to 1 whose largest one is below was calibrated on samples without what it looks for
 LOW_AGREEMENT = 75.0  # %; below, the largest score is another one too often
+MANY_NOTES = 0.1  # of the file
 AT_MOST = "try to keep the first or last layers float (--keep-float)"  # where all have 8 bits
 LOW_COLUMN, HIDDEN = 6.0, 30.0  # dB of one column that are low, and how many more of the whole output hide it
 LOW_SQNR = 6.0  # dB; below, outputs differ from the float model's by half their size
@@ -221,6 +223,8 @@ def begin(
             graphs.extras(graph).uneven = list(uneven)
             changes = prepare(graph)
             changes["even_inputs"] = even_inputs(graph, {name: (seen.low, seen.high) for name, seen in uneven.items()})
+        if config.strip_notes:
+            graphs.strip_notes(graph)
         if config.bias_correction:
             add_biases(graph)
         groups: Sequence[Group] = ()
@@ -244,6 +248,7 @@ def begin(
         )
     report.output = None if output is None else str(output)
     report.preparation = {name: count for name, count in changes.items() if count}
+    report.notes_bytes = graphs.notes_bytes(graph)
     report.float_bytes = graphs.file_bytes(source) if isinstance(source, Path) else source.ByteSize()
     job = Job(graph, source, plan, linear_layers(graph), target, batches, config, report, groups)
     check_batches(job)
@@ -258,8 +263,20 @@ def begin(
     describe_plan(job)
     describe_data(job)
     if groups:
-        unmeasured(job).check(**config.budgets)
+        try:
+            unmeasured(job).check(**config.budgets)
+        except UsageError as error:
+            if config.max_size is None or report.notes_bytes < MANY_NOTES * config.max_size:
+                raise
+            raise UsageError(f"{error}; {notes_of(report)}") from None
     return job
+
+
+def notes_of(report: Report) -> str:
+    """What to do about a file that is full of notes."""
+    return (
+        f"{report.notes_bytes:,} bytes of the file are what the exporter noted on nodes; --strip-notes leaves them out"
+    )
 
 
 def describe_plan(job: Job) -> None:
@@ -431,9 +448,10 @@ def find_uneven(graph: gs.Graph, source: onnx.ModelProto | Path, batches: source
     found: tuple[dict[str, Columns], dict[str, Columns]] = {}, {}
     outputs = [tensor for tensor in graph.outputs if not is_score(tensor)]
     names = [{tensor.name for tensor in some if np.dtype(tensor.dtype).kind == "f"} for some in (graph.inputs, outputs)]
+    small = sum(array.size for array in next(batches.samples()).values()) <= SMALL
     try:
-        of = verify.session(source, "basic")
-        for batch in batches.subset(COLUMN_SAMPLES, 0):
+        of = verify.session(source, "basic", 1)
+        for batch in batches.subset(COLUMN_SAMPLES if small else FEW_COLUMN_SAMPLES):
             for values, kind, wanted in zip((batch, verify.run(of, batch)), found, names, strict=True):
                 for name in wanted & values.keys():
                     kind.setdefault(name, Columns()).add(values[name])
@@ -1019,6 +1037,8 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
             report.parity, report.fidelity
         )
         report.bytes = graphs.file_bytes(staged.path)
+        if report.notes_bytes > MANY_NOTES * report.bytes:
+            report.warnings.append(notes_of(report))
         if output is not None:
             staged.publish()
     return written

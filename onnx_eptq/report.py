@@ -109,6 +109,7 @@ class Report:
     threads: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     float_bytes: int = 0
+    notes_bytes: int = 0
     bytes: int = 0
     parity: Parity | None = None
     fidelity: Fidelity | None = None

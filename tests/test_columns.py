@@ -14,9 +14,11 @@ import onnx_eptq
 from models import f32, parse, weights
 from onnx_eptq import graph as graphs
 from onnx_eptq.columns import MOST, Columns, are_served, column_axis
-from onnx_eptq.eptq import Judge, column_factors
-from onnx_eptq.mirror import build
+from onnx_eptq.eptq import Judge
+from onnx_eptq.hessian import label_free_hessian
+from onnx_eptq.mirror import build, column_factors
 from onnx_eptq.pipeline import LOW_COLUMN, low_fidelity
+from onnx_eptq.plan import linear_layers
 from onnx_eptq.prepare import even_inputs, prepare
 from onnx_eptq.verify import measure_fidelity
 
@@ -195,13 +197,23 @@ def test_students_are_judged_by_every_column() -> None:
     with torch.no_grad():
         student.constant(bias)[2] += 2e-3  # one standard deviation, about, of the smallest column
     assert Judge(teacher, graph, ["y"], samples, 32).distance(student) < 1e-9
+    plain, _ = label_free_hessian(teacher, graph, linear_layers(graph), samples)
     graphs.extras(graph).uneven = ["y"]
+    teacher = build(graph)
     judge = Judge(teacher, graph, ["y"], samples, 32)
     (y,) = run(model, x=DRAWN)
     assert judge.distance(student) == pytest.approx((2e-3 / y[:, 2].astype(float).std()) ** 2 / 3, rel=0.02)
-    factors = column_factors(graph, ["y"], [torch.from_numpy(y)])["y"]
+    factors = column_factors(teacher, ["y"], [torch.from_numpy(y)])["y"]
     np.testing.assert_allclose(factors.numpy(), 1 / y.astype(float).std(0, keepdims=True), rtol=1e-3)
-    assert not column_factors(graph, ["a"], [torch.from_numpy(y)])
+    assert not column_factors(teacher, ["a"], [torch.from_numpy(y)])
+    # The Jacobian of y counts column by column: here that of the second one was all.
+    counted, _ = label_free_hessian(teacher, graph, linear_layers(graph), samples)
+    name = linear_layers(graph)[0].output.name
+    jacobian = CONSTANTS["v"].astype(float) * TARGETS[0] / y.astype(float).std(0)
+    hidden = np.maximum(DRAWN @ CONSTANTS["w"] + CONSTANTS["b"], 0) > 0
+    expected = hidden @ (jacobian**2).sum(1)
+    assert np.corrcoef(counted[name].numpy(), expected)[0, 1] > 0.999
+    assert np.corrcoef(plain[name].numpy(), expected)[0, 1] < 0.99
 
 
 def test_fidelity_names_the_column_that_the_others_hide() -> None:

@@ -596,3 +596,24 @@ def test_samples_that_say_little_are_warned_about(name: str) -> None:
     model = models.parse("(float[N,4] x) => (float[N,3] y) { y = MatMul(x, w) }", w=models.weights(0)(4, 3))
     warnings = quantize(model, data, calibration="minmax", threads=1).report.warnings
     assert any(re.search(message, warning) for warning in warnings) if message else not warnings
+
+
+def test_notes_of_the_exporter_are_counted_and_can_be_left_out() -> None:
+    model = onnx.load(DIGITS)
+    helper.set_model_props(model, {"classes": "0 to 9"})
+    for node in model.graph.node:
+        helper.set_metadata_props(node, {"stack_trace": 2000 * "x"})
+        node.doc_string = 500 * "y"
+    data = np.random.default_rng(0).random((32, 1, 16, 16), np.float32)
+    kept, stripped = (quantize(model, data, strip_notes=strip, threads=1) for strip in (False, True))
+    assert kept.report.bytes - stripped.report.bytes == pytest.approx(kept.report.notes_bytes, rel=0.05)
+    assert kept.report.notes_bytes > 20000
+    assert stripped.report.notes_bytes == 0
+    assert any("--strip-notes leaves them out" in warning for warning in kept.report.warnings)
+    assert not any("--strip-notes" in warning for warning in stripped.report.warnings)
+    assert not any(node.metadata_props or node.doc_string for node in stripped.model.graph.node)
+    assert any(entry.key == "classes" for entry in stripped.model.metadata_props)
+    budget = {"weight_bits": (4, 8), "max_size": kept.report.bytes - 30000}
+    with pytest.raises(UsageError, match=r"file size can be no less than .*; .* --strip-notes leaves"):
+        quantize(model, data, **budget, threads=1)
+    assert quantize(model, data, **budget, strip_notes=True, threads=1).report.bytes <= budget["max_size"]
