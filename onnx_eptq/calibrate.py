@@ -395,7 +395,8 @@ def calibrate(
             qparams[value] = absmax(mirror.constant(value).cpu(), point.grid)
         elif point.role == "constant":
             data = mirror.constant(value)
-            qparams[value] = affine_qparams(float(data.min()), float(data.max()), point.grid)
+            low, high = (float(data.min()), float(data.max())) if data.numel() else (0.0, 0.0)
+            qparams[value] = affine_qparams(low, high, point.grid)
         elif point.role == "activation" and not point.tied_to:
             histogram = stats.histograms[value]
             if histogram.min > histogram.max:

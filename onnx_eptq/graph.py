@@ -239,6 +239,9 @@ def _inline(model: onnx.ModelProto, composed: Collection[str]) -> onnx.ModelProt
             for tensor in typed.graph.initializer
             if tensor.name not in known
         )
+        for node in typed.graph.node:
+            if node.op_type in composed and node.domain in STANDARD_DOMAINS:
+                _spell_defaults(node, max(o.version for o in typed.opset_import if o.domain in STANDARD_DOMAINS))
         names = [("", name) for name in composed]
         try:
             inlined = onnx.inliner.inline_selected_functions(typed, names, inline_schema_functions=True)
@@ -248,6 +251,14 @@ def _inline(model: onnx.ModelProto, composed: Collection[str]) -> onnx.ModelProt
         if not any(e.key == entry.key for e in inlined.metadata_props):
             inlined.metadata_props.append(entry)
     return inlined
+
+
+def _spell_defaults(node: onnx.NodeProto, opset: int) -> None:
+    """Write out the attributes that a node leaves at their defaults: what the inliner composes would lack their values."""
+    given = {attribute.name for attribute in node.attribute}
+    for name, attribute in onnx.defs.get_schema(node.op_type, opset, "").attributes.items():
+        if name not in given and attribute.default_value.name:
+            node.attribute.append(attribute.default_value)
 
 
 def _subgraph_protos(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:

@@ -135,7 +135,7 @@ class Mirror(fx.GraphModule):
 @functools.cache
 def _own_names() -> frozenset[str]:
     """Names that a mirror has attributes of its own under, whatever it is built from."""
-    return frozenset({*dir(Mirror(nn.Module(), fx.Graph())), *Mirror.__annotations__, *dir(nn.Module)})
+    return frozenset({"self", *dir(Mirror(nn.Module(), fx.Graph())), *Mirror.__annotations__, *dir(nn.Module)})
 
 
 def _identifier(name: str, taken: set[str]) -> str:
@@ -321,9 +321,10 @@ def same_on_batches(fixed: Mirror, free: Mirror, batches: Sequence[Sequence[Tens
 
 def same_values(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors differ by no more than what float rounding in another order explains."""
-    return a.shape == b.shape and torch.allclose(
-        a.float(), b.float(), rtol=1e-4, atol=1e-4 * float(b.abs().max() + 1e-9)
-    )
+    if a.shape != b.shape or not b.numel():
+        return a.shape == b.shape
+    a, b = a.float(), b.float()  # of truth values, too
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max() + 1e-9))
 
 
 class Probe(fx.Interpreter):

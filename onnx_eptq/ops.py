@@ -351,6 +351,8 @@ def ConvTranspose(
         wanted = output_shape or [n * s for n, s in zip(size, window.strides, strict=True)]
         full = [(n - 1) * s + k for n, s, k in zip(size, window.strides, window.extent, strict=True)]
         totals = [f + e - n for f, e, n in zip(full, extra, wanted[-len(size) :], strict=True)]
+        if not output_shape:  # between kernels shorter than their stride nothing is cut, nor added at the end
+            totals = [max(total, 0) for total in totals]
         window = window._replace(**dict(zip(("begin", "end"), _halves(totals, auto_pad == "SAME_UPPER"), strict=True)))
     _, strides, dilations, begin, end = window
     steps = [max(pair) for pair in zip(strides, dilations, strict=True)]
@@ -441,7 +443,8 @@ def AveragePool(
 ) -> Tensor:
     """Mean over a sliding window."""
     window = _window(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad)
-    if _torch_can_pad(window) and set(window.dilations) == {1}:
+    fits = all(n >= kernel for n, kernel in zip(x.shape[2:], window.kernel, strict=True))  # torch asks it of three axes
+    if _torch_can_pad(window) and set(window.dilations) == {1} and (fits or len(window.kernel) < 3):
         pool = _AVERAGE_POOLS[len(window.kernel)]
         return pool(x, window.kernel, window.strides, window.begin, bool(ceil_mode), bool(count_include_pad))
     fitted = _fitted(window, x.shape[2:], ceil_mode)

@@ -1032,7 +1032,7 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
                 class_axes(job.graph),
                 mirror.feeds_whole(job.graph),
             )
-        narrow = min(point.grid.bits for point in job.plan.values()) < 8
+        narrow = any(point.grid.bits < 8 for point in job.plan.values())
         report.warnings += low_fidelity(report.fidelity, "try more bits" if narrow else AT_MOST) + runtime_deviations(
             report.parity, report.fidelity
         )

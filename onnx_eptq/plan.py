@@ -393,11 +393,12 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[
     masking = {id(n): "applies a mask of huge numbers" for n in graph.nodes if masks(n) and id(n) not in region}
     region |= masking
     decoding = {key: reason for key, reason in _decoding(graph).items() if key not in region}
+    ends = {id(n) for n in graph.nodes if is_op(n, "LpNormalization")}  # of an embedding
     funnel = {
-        id(n) for n in graph.nodes if id(n) in region and id(n) not in decoding | masking and n.op != "Div"
+        id(n) for n in graph.nodes if id(n) in region and id(n) not in {*decoding, *masking, *ends} and n.op != "Div"
     }  # x / |x| goes on
     region |= decoding
-    late = {*decoding, *masking}  # and what joins the region for their sake: no spectrogram leads to them
+    late = {*decoding, *masking, *ends}  # and what joins the region for their sake: no spectrogram leads to them
     islands = {id(node) for node in graph.nodes if op_of(node).island}  # what reads or feeds them can be quantized
     growing = {key for key, reason in region.items() if reason != "kept float as asked" and key not in islands}
     region |= {
@@ -873,7 +874,10 @@ def check_plan(graph: gs.Graph, target: Target, plan: Plan) -> None:
             problem = "must have scale_from if it is a bias, and only then"
         elif any(name not in plan for name in (point.scale_from or ()) + ((point.tied_to,) if point.tied_to else ())):
             problem = f"needs {point.scale_from or point.tied_to}, which the plan leaves float"
-        elif point.scale_from and [plan[name].role for name in point.scale_from] != ["activation", "weight"]:
+        elif point.scale_from and (
+            plan[point.scale_from[0]].role not in ("activation", "constant")
+            or plan[point.scale_from[1]].role != "weight"
+        ):
             problem = f"takes its scale from {point.scale_from}, which must be an activation and a weight"
         elif point.scale_from and point.grid.axis is None and plan[point.scale_from[1]].grid.axis is not None:
             problem = f"needs axis 0, as '{point.scale_from[1]}' has one scale per channel"

@@ -271,7 +271,8 @@ def test_building_changes_neither_graph_nor_parameters():
 TAKEN = (  # in place of x, a, c, d, y, w, b, v, u
     ("forward", "a.b", "a/b", "class", "training", "0", "parameters", "::", "code"),
     ("meta", "graph", "replace", "output_names", "whole", "scale", "constant", "quantizers", "constants"),
-    ("root", "self", "torch", "taken", "qparams_of", "export", "input_names", "quantizer", "print_readable"),
+    ("root", "inf", "torch", "device", "qparams_of", "self", "input_names", "quantizer", "print_readable"),
+    ("self", "self_1", "nan", "None_", "v_self", "export", "v_scale", "scale", "Mirror"),
 )
 
 

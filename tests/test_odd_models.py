@@ -19,6 +19,7 @@ import onnx_eptq
 from models import f32, heed_sigint, i64, parse, weights
 from onnx_eptq.errors import DataError, ModelError
 from onnx_eptq.graph import is_mask, ruled_out
+from onnx_eptq.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 W, DRAW = weights(5), weights(6)
@@ -660,3 +661,101 @@ def test_what_holds_its_weights_in_foreign_operators_is_told_so() -> None:
     model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", 1))
     with pytest.raises(ModelError, match="the work of LinearRegressor is left to ONNX Runtime"):
         quantize(model, np.zeros((8, 2), np.float32))
+
+
+MEANS = {
+    "asymmetric": 'y = Resize <mode="linear", coordinate_transformation_mode="asymmetric"> (a, , scales)',
+    "half pixel": 'y = Resize <mode="linear"> (a, , scales)',
+    "pooled": "y = AveragePool <kernel_shape=[2,2], strides=[2,2]> (a)",
+    "of two": "b = Relu(a) y = Mean(a, b)",
+    "over axes": "y = ReduceMean(a, axes)",
+}
+
+
+@pytest.mark.parametrize("mean", MEANS)
+def test_means_of_few_values_fall_on_ties_in_any_number(mean: str) -> None:
+    """The last bit of a sum decides them, and torch and ONNX Runtime add in different orders."""
+    for seed in range(5):
+        draw = np.random.default_rng(seed).standard_normal
+        weight = draw((2, 2, 1, 1)).astype(np.float32)
+        constants = {"scales": f32(1, 1, 2, 2), "axes": i64(2, 3)}
+        model = parse(
+            f"(float[N,2,4,4] x) => (float[N,2,A,B] y) {{ a = Conv(x, w) {MEANS[mean]} }}",
+            w=weight, **{name: value for name, value in constants.items() if name in MEANS[mean]},
+        )  # fmt: skip
+        report = quantize(model, draw((32, 2, 4, 4)).astype(np.float32), threads=1).report
+        assert report.fidelity is not None
+        assert report.fidelity.sqnr_db["y"] > 28
+
+
+ODD = {
+    "a truth value as an output of a fixed batch": (
+        "(float[1,4] x) => (float[1,4] y, bool[1,4] b) { y = MatMul(x, w) b = Greater(y, z) }",
+        {"w": DRAW(4, 4), "z": f32(0)[0]}, (4,),
+    ),
+    "a window that only the padding makes room for": (
+        "(float[N,1,5,3,2] x) => (float[N,3] y) { "
+        "p = AveragePool <kernel_shape=[3,1,3], pads=[1,0,1,1,0,1], strides=[1,2,2]> (x) f = Flatten(p) y = Gemm(f, w) }",
+        {"w": DRAW(10, 3)}, (1, 5, 3, 2),
+    ),
+    "kernels shorter than their stride": (
+        '(float[N,2,3,3] x) => (float[N,3,A,B] y) { y = ConvTranspose <auto_pad="SAME_UPPER", strides=[3,2]> (x, w) }',
+        {"w": DRAW(2, 3, 2, 1)}, (2, 3, 3),
+    ),
+    "an embedding of unit length": (
+        "(float[N,4] x) => (float[N,3] y) { a = Gemm(x, w) r = Relu(a) b = Gemm(r, v) y = LpNormalization <axis=1> (b) }",
+        {"w": DRAW(4, 8), "v": DRAW(8, 3)}, (4,),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_small_oddities(name: str) -> None:
+    text, constants, shape = ODD[name]
+    data = np.random.default_rng(3).standard_normal((32, *shape)).astype(np.float32)
+    report = quantize(parse(text, **constants), data, threads=1).report
+    assert report.coverage.complete
+    assert report.fidelity is not None
+    assert report.fidelity.sqnr_db["y"] > 28
+
+
+def test_a_number_that_no_padding_uses_is_dropped() -> None:
+    pad = 'p = Pad <mode="edge", pads=[0,0,1,1,0,0,1,1], value=1.5> (x)'
+    text = f"(float[N,3,8,8] x) => (float[N,4,8,8] y) {{ {pad} y = Conv(p, w) }}"
+    model = parse(text, opset=10, w=DRAW(4, 3, 3, 3))
+    data = np.random.default_rng(3).standard_normal((32, 3, 8, 8)).astype(np.float32)
+    assert quantize(model, data, threads=1).report.fidelity.sqnr_db["y"] > 28
+
+
+def test_what_only_newer_opsets_mean_is_refused_for_older_ones() -> None:
+    wrap = parse('(float[N,3,8,8] x) => (float[N,4,8,8] y) { p = Pad <mode="wrap"> (x, k) y = Conv(p, w) }',
+                 opset=19, k=i64(0, 0, 1, 1, 0, 0, 1, 1), w=DRAW(4, 3, 3, 3))  # fmt: skip
+    data = np.random.default_rng(3).standard_normal((32, 3, 8, 8)).astype(np.float32)
+    with pytest.raises(ModelError, match=r"no form in opset 13: .* Pad; use a newer one"):
+        quantize(wrap, data, opset=13)
+    assert quantize(wrap, data, threads=1).report.coverage.complete
+    ends = parse("(float[N,3,8,8] x) => (float[N,3,8,4] y) { p = Conv(x, w) "
+                 "y = MaxPool <kernel_shape=[1,1], strides=[1,2], ceil_mode=1> (p) }", opset=22, w=DRAW(3, 3, 1, 1))  # fmt: skip
+    with pytest.raises(ModelError, match=r"no form in opset 21: .* MaxPool; export the model with opset 21 or older"):
+        quantize(ends, data)
+
+
+def test_everything_kept_float_and_plans_with_embeddings_go_through() -> None:
+    model = parse("(float[N,4] x) => (float[N,4] y) { y = MatMul(x, w) }", w=DRAW(4, 4))
+    kept = quantize(model, DRAW(32, 4), keep_float=("*",), threads=1)
+    assert not kept.plan
+    text = "(int64[N,5] x) => (float[N,5,4] y) { e = Gather(t, x) a = MatMul(e, w) y = Add(a, b) }"
+    embedding = parse(text, t=DRAW(10, 8), w=DRAW(8, 4), b=DRAW(4))
+    data = {"x": np.random.default_rng(3).integers(0, 10, (32, 5))}
+    first = quantize(embedding, data, threads=1)
+    again = quantize(embedding, data, plan=Plan.from_json(first.plan.to_json()), threads=1)
+    assert again.plan.to_json() == first.plan.to_json()
+
+
+def test_values_without_elements_are_no_obstacle() -> None:
+    text = """(float[N,4] x) => (float[N,3] y, float[N,0] none) {
+      a = MatMul(x, w) z = Slice(x, nought, nought, axis) none = Add(z, empty) y = Relu(a) }"""
+    model = parse(text, w=DRAW(4, 3), nought=i64(0), axis=i64(1), empty=np.zeros((1, 0), np.float32))
+    report = quantize(model, DRAW(32, 4), threads=1).report
+    assert report.fidelity is not None
+    assert report.fidelity.sqnr_db["y"] > 28

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 
 import numpy as np
 import onnx
@@ -409,12 +410,16 @@ def test_a_frequent_value_beside_a_tie_is_no_fault():
     """One step off where the simulation lies within float rounding of a tie, in any number; elsewhere, or on it, in few."""
     ours, theirs = torch.full((1000,), 128), torch.full((1000,), 127)
     beside = torch.full((1000,), 127.5 + 127.5 * 2**-20)
-    assert verify._check_steps("v", "'node'", ours, theirs, beside) == 1000
+    check_steps = partial(verify._check_steps, "v", "'node'", ours, theirs)
+    assert check_steps(beside, averaged=False) == (1000, 0)
     for position in (torch.full((1000,), 127.5), torch.full((1000,), 127.6)):
         with pytest.raises(VerificationError, match="differ in 1000 of 1000"):
-            verify._check_steps("v", "'node'", ours, theirs, position)
+            check_steps(position, averaged=False)
+    assert check_steps(torch.full((1000,), 127.5), averaged=True) == (1000, 0)  # of a mean, the last bit is open
+    with pytest.raises(VerificationError, match="differ in 1000 of 1000"):
+        check_steps(torch.full((1000,), 127.6), averaged=True)
     with pytest.raises(VerificationError, match="up to 2 steps"):
-        verify._check_steps("v", "'node'", ours + 1, theirs, beside)
+        verify._check_steps("v", "'node'", ours + 1, theirs, beside, averaged=False)
 
 
 # ---- fidelity

@@ -69,7 +69,8 @@ def lower_opset(graph: gs.Graph, opset: int) -> None:
     nodes = (node for scope in og.scopes(graph) for node in scope.nodes)
     stuck = [f"'{node.name}' {node.op}" for node in nodes if not _fits(node, opset)]
     if stuck:
-        raise ModelError(f"These nodes have no form in opset {opset}: {', '.join(stuck)}; use a newer one.")
+        advice = "use a newer one" if opset < OPSET else f"export the model with opset {OPSET} or older"
+        raise ModelError(f"These nodes have no form in opset {opset}: {', '.join(stuck)}; {advice}.")
     _declare_opset(graph, opset)
 
 
@@ -241,6 +242,8 @@ def _help_converter(graph: gs.Graph, opset: int) -> dict[str, bool]:
         if is_op(node, "Upsample", "Resize") and graph.opset < 11:
             scales = const_at(node, 1)
             sampling[node.outputs[0].name] = scales is not None and bool(np.any(scales < 1))
+        elif is_op(node, "Pad") and node.attrs.get("mode", "constant") != "constant":
+            node.attrs.pop("value", None)  # means nothing there, and the converter leaves it
         elif is_op(node, "BatchNormalization") and node.attrs.pop("spatial", 1) != 1 and rank != 2:
             stuck.append(f"'{node.name}' BatchNormalization with spatial = 0")
         elif is_op(node, "Scan") and graph.opset < 9:
@@ -300,6 +303,16 @@ def _inconvertible(proto: onnx.ModelProto, opset: int, error: Exception) -> str:
     )
 
 
+_VALUES = {  # of attributes, by the opset that brought them
+    ("Pad", "mode", "wrap"): 19,
+    ("Resize", "coordinate_transformation_mode", "half_pixel_symmetric"): 19,
+    ("ScatterND", "reduction", "max"): 18,
+    ("ScatterND", "reduction", "min"): 18,
+    ("ScatterElements", "reduction", "max"): 18,
+    ("ScatterElements", "reduction", "min"): 18,
+}
+
+
 def _fits(node: gs.Node, opset: int) -> bool:
     """Tell whether the node, written for a newer opset, is valid and means the same in the older one."""
     if node.domain not in og.STANDARD_DOMAINS:
@@ -308,7 +321,19 @@ def _fits(node: gs.Node, opset: int) -> bool:
     if schema is None:
         return False
     present = len(node.inputs) <= schema.max_input and len(node.outputs) <= schema.max_output
+    younger = (_VALUES.get((node.op, name, value), 0) for name, value in node.attrs.items() if isinstance(value, str))
+    if max(younger, default=0) > opset or (opset < 22 and _skips_ends(node)):
+        return False
     return present and set(node.attrs) <= set(schema.attributes) and _types_fit(node, schema)
+
+
+def _skips_ends(node: gs.Node) -> bool:
+    """Whether a pooling rounded up could begin behind its input: before opset 22 the shape counts such windows, too."""
+    if not is_op(node, "MaxPool", "AveragePool", "LpPool") or not node.attrs.get("ceil_mode"):
+        return False
+    kernel = node.attrs["kernel_shape"]
+    spans = [(k - 1) * d + 1 for k, d in zip(kernel, node.attrs.get("dilations") or [1] * len(kernel), strict=True)]
+    return any(stride > span for stride, span in zip(node.attrs.get("strides") or [], spans, strict=False))
 
 
 def _types_fit(node: gs.Node, schema: Any) -> bool:
