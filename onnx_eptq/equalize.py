@@ -101,6 +101,9 @@ def _makers(
         channels = tensor.shape[axis]
         if tensor.name in made:
             layer = made[tensor.name]
+            adds = layer.node.inputs[2:3]  # of a Gemm or a convolution; one that is computed could not be scaled
+            if any(not bias.is_empty() and not is_constant(bias) for bias in adds):
+                return ()
             if layer.axis is None or layer.output_axis % len(tensor.shape) != axis:
                 return ()
             biases = [(layer.bias, -1)] if layer.bias is not None else []

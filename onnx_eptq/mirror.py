@@ -315,7 +315,10 @@ def same_on_batches(fixed: Mirror, free: Mirror, batches: Sequence[Sequence[Tens
         found = free(*together)
     except (RuntimeError, IndexError, ValueError, ModelError):  # the last one comes of an island
         return False
-    expected = [torch.cat(parts) for parts in zip(*(fixed(*batch) for batch in batches), strict=True)]
+    each = list(zip(*(fixed(*batch) for batch in batches), strict=True))
+    if any(part.ndim == 0 for parts in each for part in parts):  # one number, whatever the batch
+        return False
+    expected = [torch.cat(parts) for parts in each]
     return all(same_values(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -14,7 +14,7 @@ import onnx_eptq
 from models import f32, parse, weights
 from onnx_eptq import graph as graphs
 from onnx_eptq.columns import MOST, Columns, are_served, column_axis
-from onnx_eptq.eptq import Judge
+from onnx_eptq.eptq import SPREADS, Judge, _unit
 from onnx_eptq.hessian import label_free_hessian
 from onnx_eptq.mirror import build, column_factors
 from onnx_eptq.pipeline import LOW_COLUMN, low_fidelity
@@ -214,6 +214,21 @@ def test_students_are_judged_by_every_column() -> None:
     expected = hidden @ (jacobian**2).sum(1)
     assert np.corrcoef(counted[name].numpy(), expected)[0, 1] > 0.999
     assert np.corrcoef(plain[name].numpy(), expected)[0, 1] < 0.99
+
+
+def test_biases_are_learned_in_units_of_what_varies_in_their_channel() -> None:
+    model = regressor()
+    graph = graphs.load(model)
+    prepare(graph)
+    layer = linear_layers(graph)[-1]
+    (y,) = run(model, x=DRAWN)
+    unit = _unit(layer, torch.from_numpy(y)).numpy()
+    rms = np.sqrt((y.astype(float) ** 2).mean())
+    np.testing.assert_allclose(unit, np.minimum(rms, SPREADS * y.astype(float).std(0)), rtol=0.01)
+    assert unit[2] < 1e-6 * unit[1]
+    even = torch.randn(64, 3)
+    assert _unit(layer, even).tolist() == [float(even.square().mean().sqrt())] * 3
+    assert _unit(layer, even[:1]).ndim == 0  # of one number nothing varies
 
 
 def test_fidelity_names_the_column_that_the_others_hide() -> None:

@@ -1,5 +1,6 @@
 """Legal but unusual models: each is quantized and verified, or refused in one sentence."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -759,3 +760,53 @@ def test_values_without_elements_are_no_obstacle() -> None:
     report = quantize(model, DRAW(32, 4), threads=1).report
     assert report.fidelity is not None
     assert report.fidelity.sqnr_db["y"] > 28
+
+
+@pytest.mark.parametrize("op", ["Gemm", "Conv"])
+def test_channels_are_not_evened_out_through_a_bias_that_is_computed(op: str) -> None:
+    factors = np.exp2(np.arange(8) / 2 - 2).astype(np.float32)
+    if op == "Gemm":
+        text = "(float[N,8] x, float[N,8] z) => (float[N,4] y) { a = Gemm(x, w, z) y = Gemm(a, v) }"
+        constants, shapes = {"w": DRAW(8, 8) * factors, "v": DRAW(8, 4) / factors[:, None]}, {"x": (8,), "z": (8,)}
+    else:
+        text = "(float[1,3,6,6] x, float[1,8] z) => (float[1,4,4,4] y) { b = Squeeze(z, axis) a = Conv(x, w, b) y = Conv(a, v) }"
+        constants = {
+            "w": DRAW(8, 3, 3, 3) * factors.reshape(8, 1, 1, 1), "v": DRAW(4, 8, 1, 1) / factors.reshape(1, 8, 1, 1),
+            "axis": i64(0),
+        }  # fmt: skip
+        shapes = {"x": (3, 6, 6), "z": (8,)}
+    draw = np.random.default_rng(3).standard_normal
+    data = {name: draw((64, *shape)).astype(np.float32) for name, shape in shapes.items()}
+    data["z"] *= factors
+    reports = [quantize(parse(text, **constants), data, threads=1, equalize=even).report for even in (True, False)]
+    evened, plain = (report.fidelity.sqnr_db["y"] for report in reports)
+    assert evened > plain - 1
+    assert plain > 20
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "h = MatMul(x, w) a = Add(h, b) r = Relu(a) k = MatMul(r, u) y = Add(k, b)",
+        "q = MatMul(x, w) a = Add(q, b) k = MatMul(x, u) c = Add(b, k) y = Add(a, c)",
+        "m = Mul(x, b) h = MatMul(m, w) y = Add(h, b)",
+        "n = LayerNormalization(x, s, b) h = MatMul(n, w) y = Add(h, b)",
+    ],
+    ids=["one behind the other", "side by side", "an operand, too", "of a normalization, too"],
+)
+def test_a_bias_that_several_products_share(body: str) -> None:
+    constants = {"w": DRAW(8, 8), "u": DRAW(8, 8), "b": DRAW(8), "s": DRAW(8)}
+    used = {name: value for name, value in constants.items() if re.search(rf"\b{name}\b", body)}
+    model = parse(f"(float[N,5,8] x) => (float[N,5,8] y) {{ {body} }}", **used)
+    data = np.random.default_rng(3).standard_normal((32, 5, 8)).astype(np.float32)
+    report = quantize(model, data, threads=1).report
+    assert report.coverage.complete
+    assert report.fidelity is not None
+    assert report.fidelity.sqnr_db["y"] > 26
+
+
+def test_a_single_number_of_a_fixed_batch_is_an_output() -> None:
+    model = parse("(float[1,8] x) => (float s) { a = MatMul(x, w) s = ReduceSum <keepdims=0> (a) }", w=DRAW(8, 4))
+    fidelity = quantize(model, DRAW(32, 8), threads=1).report.fidelity
+    assert fidelity is not None
+    assert fidelity.sqnr_db["s"] > 26

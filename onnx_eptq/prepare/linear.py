@@ -668,14 +668,24 @@ def _sees_no_padding(linear: gs.Node) -> bool:
 
 
 def split_biases(graph: gs.Graph) -> int:
-    """Give every Conv, ConvTranspose and Gemm a bias of its own: its grid depends on the node's input and weight."""
+    """Give every linear operator a bias of its own: its grid depends on the node's input and weight."""
     changes = 0
     for node in graph.nodes:
-        bias = input_at(node, 2) if is_op(node, "Conv", "ConvTranspose", "Gemm") else None
-        if isinstance(bias, gs.Constant) and len(bias.outputs) > 1 and array(bias) is not None:
-            node.inputs[2] = new_constant(graph, bias.name, np.array(array(bias)))
+        index = 2 if is_op(node, "Conv", "ConvTranspose", "Gemm") else _added_bias(node)
+        bias = None if index is None else input_at(node, index)
+        if index is not None and isinstance(bias, gs.Constant) and len(bias.outputs) > 1 and array(bias) is not None:
+            node.inputs[index] = new_constant(graph, bias.name, np.array(array(bias)))
             changes += 1
     return changes
+
+
+def _added_bias(node: gs.Node) -> int | None:
+    """Which input of an Add is the bias of the MatMul that the other one comes from; None where there is none."""
+    found = constant_operand(node) if is_op(node, "Add") else None
+    if found is None or found[1].ndim != 1:
+        return None
+    source = producer(found[0], "MatMul")
+    return found[2] if source is not None and const_at(source, 1) is not None else None
 
 
 def split_weights(graph: gs.Graph) -> int:
