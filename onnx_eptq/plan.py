@@ -28,6 +28,7 @@ Limits = tuple[float | None, float | None]
 CONSTANT_BITS = 8  # operands such as positional embeddings; narrower ones cost accuracy and save nothing
 EDGE_BITS = 8  # the network's inputs and outputs: sensors and readers speak 8 bits; and what `wide` names
 BIAS_BITS = 32
+_HEADS = ("Exp", "LpNormalization")  # where nothing follows, ends of networks, not of spectrograms: rates, embeddings
 DEEPEST = 8  # operators between a mask's constant and the sum that applies it
 _MAKING = (
     "ConstantOfShape", "Trilu", "Expand", "Tile", "Slice", "Gather", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Transpose"
@@ -393,12 +394,20 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[
     masking = {id(n): "applies a mask of huge numbers" for n in graph.nodes if masks(n) and id(n) not in region}
     region |= masking
     decoding = {key: reason for key, reason in _decoding(graph).items() if key not in region}
-    ends = {id(n) for n in graph.nodes if is_op(n, "LpNormalization")}  # of an embedding
+    fronting: set[int] = (
+        set()
+    )  # nodes that something other than the head of a network follows: it could be what a Log reads
+    for node in reversed(graph.nodes):
+        for reader in (reader for tensor in node.outputs for reader in tensor.outputs):
+            seed = id(reader) in region and not is_op(reader, *_HEADS)
+            if seed or role_of(reader) == "linear" or id(reader) in fronting:
+                fronting.add(id(node))
+    heads = {id(n) for n in graph.nodes if is_op(n, *_HEADS) and id(n) not in fronting}
     funnel = {
-        id(n) for n in graph.nodes if id(n) in region and id(n) not in {*decoding, *masking, *ends} and n.op != "Div"
+        id(n) for n in graph.nodes if id(n) in region and id(n) not in {*decoding, *masking, *heads} and n.op != "Div"
     }  # x / |x| goes on
     region |= decoding
-    late = {*decoding, *masking, *ends}  # and what joins the region for their sake: no spectrogram leads to them
+    late = {*decoding, *masking}  # and what joins the region for their sake: no spectrogram leads to them
     islands = {id(node) for node in graph.nodes if op_of(node).island}  # what reads or feeds them can be quantized
     growing = {key for key, reason in region.items() if reason != "kept float as asked" and key not in islands}
     region |= {
@@ -411,7 +420,8 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[
         depth[id(node)] = max(above, default=0) + (role_of(node) == "linear")
 
     def inside(consumer: gs.Node, node: gs.Node) -> bool:
-        return id(consumer) in growing and (role_of(consumer) != "linear" or depth[id(node)] <= 1)
+        near = depth[id(node)] <= 1 and id(consumer) in fronting
+        return id(consumer) in growing and (role_of(consumer) != "linear" or near)
 
     def joins(node: gs.Node) -> bool:
         if role_of(node) not in ("linear", "arithmetic", "same_grid", "clamp") or not is_float(node.outputs[0]):

@@ -703,6 +703,10 @@ ODD = {
         '(float[N,2,3,3] x) => (float[N,3,A,B] y) { y = ConvTranspose <auto_pad="SAME_UPPER", strides=[3,2]> (x, w) }',
         {"w": DRAW(2, 3, 2, 1)}, (2, 3, 3),
     ),
+    "rates": (
+        "(float[N,4] x) => (float[N,3] y) { a = Gemm(x, w) r = Relu(a) b = Gemm(r, v) y = Exp(b) }",
+        {"w": DRAW(4, 8), "v": DRAW(8, 3) / 4}, (4,),
+    ),
     "an embedding of unit length": (
         "(float[N,4] x) => (float[N,3] y) { a = Gemm(x, w) r = Relu(a) b = Gemm(r, v) y = LpNormalization <axis=1> (b) }",
         {"w": DRAW(4, 8), "v": DRAW(8, 3)}, (4,),
