@@ -385,8 +385,8 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[
     detections. Operators between seeds join: those whose every consumer is inside, and those that read an inside value which
     nothing outside needs. A linear operator joins when all that reads it is inside (the matrices of a spectrogram before its
     Log), but for a decoding or a mask: its weights are quantized all the same. What such an operator reads joins only near
-    the inputs: a classifier that ends in a Log is no spectrogram. So it reads float only if its whole result, and that of the
-    linear operators before it, goes through seeds: of x / |x| some goes round.
+    the inputs: a classifier that ends in a Log is no spectrogram, and no small network that ends in `_HEADS` is. So it reads
+    float only if its whole result, and that of the linear operators before it, goes through seeds: of x / |x| some goes round.
     """
     region = {id(node): "kept float as asked" for node in graph.nodes if id(node) in kept}
     seeds = (n for n in graph.nodes if role_of(n) == "sensitive" and id(n) not in region)

@@ -737,6 +737,23 @@ DECODED = """(float[N,3,4,4] x) => (float[N,16,5] y) {
 }"""
 
 
+def test_a_spectrogram_alone_is_a_front_and_a_small_network_with_a_head_is_none():
+    draw = weights(4)
+    power = "a = MatMul(x, w) p = Mul(a, a) m = MatMul(p, v) c = Clip(m, low) y = Log(c)"
+    spectrogram = parse(
+        f"(float[N,16] x) => (float[N,3] y) {{ {power} }}",
+        w=draw(16, 8, fan=16), v=np.abs(draw(8, 3)), low=np.float32(1e-6),
+    )  # fmt: skip
+    found = models.quantize(spectrogram)
+    assert "x" in found.plan.floats
+    assert not [name for name, point in found.plan.items() if point.role == "activation"]
+    for head in ("y = Exp(b)", "y = LpNormalization <axis=1> (b)"):
+        text = f"(float[N,4] x) => (float[N,3] y) {{ a = Gemm(x, w) r = Relu(a) b = Gemm(r, v) {head} }}"
+        found = models.quantize(parse(text, w=draw(4, 8, fan=4), v=draw(8, 3, fan=80)))
+        assert {"x", "r", "w", "v"} <= found.plan.keys()
+        assert {"b", "y"} <= found.plan.floats.keys()
+
+
 def test_both_classes_of_one_score_share_a_grid():
     draw = weights(4)
     proto = parse("(float[N,4] x) => (float[N,2] y) { s = Gemm(x, w) p = Sigmoid(s) q = Sub(one, p) y = Concat <axis=1> (q, p) }",
