@@ -112,7 +112,10 @@ class Config(BaseModel):
         Several `weight_bits` or `act_bits` are widths to choose from, as on the command line.
         """
         for name, choices in (("weight_bits", "weight_choices"), ("act_bits", "act_choices")):
-            if isinstance(settings.get(name), list | tuple):
+            widths = settings.get(name)
+            if isinstance(widths, list | tuple) and len(widths) == 1:
+                settings[name] = widths[0]
+            elif isinstance(widths, list | tuple):
                 settings[choices] = tuple(settings.pop(name))
         try:
             return cls(**settings)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import onnx_graphsurgeon as gs
 
-from onnx_eptq.graph import is_op, variables_read
+from onnx_eptq.graph import extras, is_op, variables_read
 from onnx_eptq.ops import op_of
 from onnx_eptq.plan import is_constant, is_float, masks, role_of
 
@@ -95,7 +95,7 @@ def class_axes(graph: gs.Graph) -> dict[str, int]:
     """The axis along which an output holds one number per class, of each output for which the graph tells.
 
     That of the Softmax or linear operator it comes from, followed through what lies between. The first axis is that of the
-    samples.
+    samples. Columns of different scale are no classes: such an output has none of its axes.
     """
     known: dict[str, int] = {}
     for node in graph.nodes:
@@ -103,7 +103,8 @@ def class_axes(graph: gs.Graph) -> dict[str, int]:
             axis = _axis_of(node, tensor, known)
             if axis is not None:
                 known[tensor.name] = axis
-    return {tensor.name: known[tensor.name] for tensor in graph.outputs if known.get(tensor.name)}
+    found = {tensor.name: known[tensor.name] for tensor in graph.outputs if known.get(tensor.name)}
+    return found | {t.name: len(t.shape or ()) for t in graph.outputs if t.name in extras(graph).uneven}
 
 
 def _axis_of(node: gs.Node, tensor: gs.Tensor, known: Mapping[str, int]) -> int | None:

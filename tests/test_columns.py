@@ -136,6 +136,7 @@ def test_no_column_of_an_output_is_lost_or_learned_away(method: str, bits: int) 
     (expected,), (found,) = run(model, x=DRAWN), run(result.model, x=DRAWN)
     assert decibels(expected, found).min() > (28 if bits == 8 else 15)
     assert "columns differ in scale" in result.plan.floats["y"]
+    assert result.report.fidelity.agreement == {}  # quantities, no classes
 
 
 def test_scales_behind_the_last_activation_stay_float_with_their_output() -> None:

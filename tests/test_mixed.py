@@ -198,6 +198,7 @@ def test_what_was_measured_is_kept_and_read(tmp_path: Path, monkeypatch: pytest.
 def test_several_bits_are_widths_to_choose_from() -> None:
     listed = Config.make(weight_bits=[2, 4], act_bits=(4, 8), compression=9)
     assert listed == Config.make(weight_choices=(2, 4), act_choices=(4, 8), compression=9)
+    assert Config.make(weight_bits=[4]) == Config.make(weight_bits=4)
     with pytest.raises(UsageError, match="several widths need a budget"):
         onnx_eptq.quantize(DIGITS, CALIB, weight_bits=[4, 8])
 
