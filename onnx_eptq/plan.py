@@ -394,9 +394,8 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[
     masking = {id(n): "applies a mask of huge numbers" for n in graph.nodes if masks(n) and id(n) not in region}
     region |= masking
     decoding = {key: reason for key, reason in _decoding(graph).items() if key not in region}
-    fronting: set[int] = (
-        set()
-    )  # nodes that something other than the head of a network follows: it could be what a Log reads
+    # Nodes that more than the head of a network follows: they could be what a Log reads.
+    fronting: set[int] = set()
     for node in reversed(graph.nodes):
         for reader in (reader for tensor in node.outputs for reader in tensor.outputs):
             seed = id(reader) in region and not is_op(reader, *_HEADS)

@@ -542,12 +542,14 @@ def fold_forward(graph: gs.Graph) -> int:
 
 def _comes_from(node: gs.Node, inputs: set[int]) -> bool:
     """Whether a node reads one of these inputs by way of sums, products and moves alone."""
-    for tensor in node.inputs:
-        (before,) = tensor.inputs or (None,)
-        if id(tensor) in inputs:
-            return True
-        if before is not None and is_op(before, *_EVENING) and _comes_from(before, inputs):
-            return True
+    stack, seen = [node] if inputs else [], set[int]()
+    while stack:
+        for tensor in stack.pop().inputs:
+            if id(tensor) in inputs:
+                return True
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                stack += [before for before in tensor.inputs if is_op(before, *_EVENING)]
     return False
 
 
