@@ -37,7 +37,7 @@ class Columns:
         self.high = np.maximum(self.high, high) if len(self.high) else high
 
     def are_served(self, steps: float) -> bool:
-        """Whether one grid serves them; see the function."""
+        """Whether one grid serves all that was seen, as the function `are_served` says."""
         return not len(self.low) or are_served(self.low, self.high, steps)
 
 

@@ -464,19 +464,19 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[
     return region, front
 
 
-def _affine(node: gs.Node) -> bool:
+def _is_affine(node: gs.Node) -> bool:
     """Whether a node scales or shifts one activation by constants."""
     if is_op(node, "BatchNormalization"):
         return True
     return is_op(node, "Add", "Sub", "Mul", "Div") and sum(map(is_constant, node.inputs)) == 1
 
 
-def _carries(node: gs.Node) -> bool:
+def _passes_columns(node: gs.Node) -> bool:
     """Whether what evens out columns may lie on both sides of a node."""
     return role_of(node) in ("same_grid", "clamp", "join") or is_op(node, "Cast")
 
 
-def _evening(graph: gs.Graph) -> dict[int, str]:
+def _column_scalers(graph: gs.Graph) -> dict[int, str]:
     """Nodes that bring the columns of an uneven input to one scale, or give an output's columns theirs; with the reason."""
     outputs = {id(tensor) for tensor in graph.outputs}
     biases = {id(layer.bias_node) for layer in linear_layers(graph)}
@@ -486,10 +486,10 @@ def _evening(graph: gs.Graph) -> dict[int, str]:
         while tensor.name in extras(graph).uneven or chain:
             readers = {id(reader): reader for reader in tensor.outputs}
             (reader,) = readers.values() if len(readers) == 1 and id(tensor) not in outputs else (None,)
-            if reader is None or not (_affine(reader) or _carries(reader)):
+            if reader is None or not (_is_affine(reader) or _passes_columns(reader)):
                 break
             chain.append(reader)
-            if _affine(reader):
+            if _is_affine(reader):
                 found |= {id(node): reason for node in chain}
             tensor = reader.outputs[0]
     for tensor in graph.outputs:
@@ -497,10 +497,15 @@ def _evening(graph: gs.Graph) -> dict[int, str]:
         while tensor.name in extras(graph).uneven or chain:
             (node,) = tensor.inputs or (None,)
             alone = len(tensor.outputs) == 0 if not chain else len(tensor.outputs) == 1 and id(tensor) not in outputs
-            if node is None or not alone or id(node) in biases or not (_affine(node) or role_of(node) == "same_grid"):
+            if (
+                node is None
+                or not alone
+                or id(node) in biases
+                or not (_is_affine(node) or role_of(node) == "same_grid")
+            ):
                 break
             chain.append(node)
-            if _affine(node):
+            if _is_affine(node):
                 found |= {id(node): reason for node in chain}
             tensor = next(source for source in node.inputs if not is_constant(source))
     return found
@@ -519,7 +524,7 @@ class _Planner:
         kept |= {id(layer.node) for layer in self.layers if _matches(rules.keep_float, layer.weight.name)}
         self.kept = kept
         self.region, self.front = _float_region(graph, kept)
-        self.region = _evening(graph) | self.region
+        self.region = _column_scalers(graph) | self.region
         self.masked: set[int] = set()  # values that hold the huge numbers of a mask
         for node in graph.nodes:
             moved = role_of(node) == "same_grid" and id(node.inputs[0]) in self.masked

@@ -40,7 +40,7 @@ from onnx_eptq.prepare.edit import (
 LOG = logging.getLogger(__name__)
 FAR = 8.0  # times its range: from so far from zero on, a column is shifted
 _LEAST = -1e30  # stands for minus infinity
-_EVENING = (
+_COLUMNWISE = (
     "BatchNormalization", "Add", "Sub", "Mul", "Div", "Clip", "Min", "Max", "Cast", "Concat", "Reshape", "Flatten", "Squeeze",
     "Unsqueeze", "Transpose", "Slice", "Gather",
 )  # fmt: skip
@@ -549,7 +549,7 @@ def _comes_from(node: gs.Node, inputs: set[int]) -> bool:
                 return True
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                stack += [before for before in tensor.inputs if is_op(before, *_EVENING)]
+                stack += [before for before in tensor.inputs if is_op(before, *_COLUMNWISE)]
     return False
 
 
