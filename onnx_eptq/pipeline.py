@@ -58,6 +58,7 @@ from onnx_eptq.plan import (
 )
 from onnx_eptq.prepare import add_biases, even_inputs, free_batch, prepare
 from onnx_eptq.prepare.opset import lower_opset
+from onnx_eptq.prepare.precision import is_other_float, is_turned
 from onnx_eptq.report import Phases, Report, find_islands, measure_coverage
 from onnx_eptq.targets import TARGETS, Target
 from onnx_eptq.widths import DEFAULT_WEIGHT_WIDTHS, Asked, Group, candidates, with_widths
@@ -213,7 +214,8 @@ def begin(
         check_ops(graph)
         changes = prepare(graph)
         check_values(graph)
-        check_runtime(source)
+        float_bytes = graphs.file_bytes(source) if isinstance(source, Path) else source.ByteSize()
+        given, source = source, loadable(source, graph, changes)
         if config.opset < graph.opset:
             lower_opset(graphs.copy(graph), config.opset)  # only to hear now of what has no form there
     batches = open_batches(graph, data, config)
@@ -246,10 +248,14 @@ def begin(
         report.warnings.append(
             f"inputs with a default ({names}) become constants: the file takes no other values for them"
         )
+    if source is not given:
+        report.warnings.append(
+            "ONNX Runtime does not load the model in its own precision; the result is compared with the same model in float32"
+        )
     report.output = None if output is None else str(output)
     report.preparation = {name: count for name, count in changes.items() if count}
     report.notes_bytes = graphs.notes_bytes(graph)
-    report.float_bytes = graphs.file_bytes(source) if isinstance(source, Path) else source.ByteSize()
+    report.float_bytes = float_bytes
     job = Job(graph, source, plan, linear_layers(graph), target, batches, config, report, groups)
     check_batches(job)
     job.counts = measured(job)
@@ -380,13 +386,13 @@ def check_weights_kept(output: str | os.PathLike[str], model: str | os.PathLike[
 
 def check_values(graph: gs.Graph) -> None:
     """Raise ModelError for what the simulation does not cover: other precisions than float32, weights that are no numbers."""
-    ends = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}  # of float64, they may lie beside a Cast
+    ends = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}  # of other precisions, they lie beside a Cast
     for tensor in [*graph.inputs, *graph.tensors().values()]:
-        turned = id(tensor) in ends and all(node.op == "Cast" for node in (*tensor.inputs, *tensor.outputs))
-        if str(tensor.dtype) in ("float16", "bfloat16") or (str(tensor.dtype) == "float64" and not turned):
-            raise ModelError(
-                f"'{tensor.name}' is {tensor.dtype}; the model must be float32 throughout: convert or export it again so"
-            )
+        turned = id(tensor) in ends and is_turned(tensor)
+        if tensor.dtype == onnx.TensorProto.BFLOAT16:  # an input or output: nothing else is left so
+            raise ModelError(f"'{tensor.name}' is bfloat16; give the model inputs and outputs of float32")
+        if is_other_float(tensor) and not turned:
+            raise ModelError(f"'{tensor.name}' is {tensor.dtype}; convert the model to float32, or export it again so")
         if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32 and np.isnan(tensor.values).any():
             raise ModelError(f"the constant '{tensor.name}' holds NaN; export the model again from sound weights")
     for layer in linear_layers(graph):
@@ -399,12 +405,21 @@ def check_values(graph: gs.Graph) -> None:
             raise ModelError(f"the input '{tensor.name}' has a dimension of size 0; leave it open or give it a size")
 
 
-def check_runtime(source: onnx.ModelProto | Path) -> None:
-    """Raise ModelError when ONNX Runtime cannot load the float model, with which the result is compared."""
+def loadable(source: onnx.ModelProto | Path, graph: gs.Graph, changes: Mapping[str, int]) -> onnx.ModelProto | Path:
+    """The float model that the result is compared with: the source, or the prepared graph where it replaces other types.
+
+    Exporters write nodes of float16 that ONNX Runtime does not take, and it lacks most operators in bfloat16.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the float model.
+    """
     try:
         verify.session(source, "basic")
     except VerificationError as error:
-        raise ModelError(f"the float model does not load: {error}") from error
+        if not changes["use_float32"]:
+            raise ModelError(f"the float model does not load: {error}") from error
+        return loadable(graphs.to_model(graphs.copy(graph)), graph, {"use_float32": 0})
+    return source
 
 
 def input_specs(graph: gs.Graph) -> list[sources.InputSpec]:
@@ -455,7 +470,7 @@ def find_uneven(graph: gs.Graph, source: onnx.ModelProto | Path, batches: source
             for values, kind, wanted in zip((batch, verify.run(of, batch)), found, names, strict=True):
                 for name in wanted & values.keys():
                     kind.setdefault(name, Columns()).add(values[name])
-    except VerificationError:  # of which `check_runtime` and `measured` will say more
+    except VerificationError:  # of which `loadable` and `measured` will say more
         return {}
     steps = (columns.INPUT_STEPS, columns.OUTPUT_STEPS)
     return {

@@ -622,7 +622,11 @@ def test_outputs_that_are_no_numbers_for_some_samples_are_compared_beside_them()
     assert quantize(model, data, weight_bits=8, threads=1).report.fidelity.sqnr_db["y"] > 30
 
 
-DOUBLES = {
+OTHER_PRECISIONS = {
+    "float16 throughout": """(float16[N,4] x) => (float16[N,3] y) { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }""",
+    "float16 in a layout of its own": """(float16[N,4] x) => (float16[3,N] y) {
+      t = Transpose <perm=[1,0]> (x) u = Neg(t) s = Transpose <perm=[1,0]> (u)
+      h = MatMul(s, w) r = Relu(h) p = MatMul(r, v) y = Transpose <perm=[1,0]> (p) }""",
     "inputs and outputs": "(double[N,4] x) => (double[N,3] y) { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }",
     "a stretch within": """(float[N,4] x) => (float[N,3] y) {
       d = Cast <to=11> (x) m = Mul(d, two) s = Cast <to=1> (m) h = MatMul(s, w) r = Relu(h) y = MatMul(r, v) }""",
@@ -630,11 +634,13 @@ DOUBLES = {
 
 
 @pytest.mark.parametrize("options", [{"method": "rtn"}, {"method": "eptq", "steps": 4}], ids=["rtn", "learned"])
-@pytest.mark.parametrize("name", DOUBLES)
-def test_what_is_computed_in_float64_is_quantized_as_float32(name: str, options: dict[str, Any]) -> None:
-    kind = np.float64 if name == "inputs and outputs" else np.float32
+@pytest.mark.parametrize("name", OTHER_PRECISIONS)
+def test_what_is_computed_in_other_precisions_is_quantized_as_float32(name: str, options: dict[str, Any]) -> None:
+    kind = {"inputs and outputs": np.float64, "a stretch within": np.float32}.get(name, np.float16)
     constants = {"w": W(4, 8).astype(kind), "v": W(8, 3).astype(kind)}
-    model = parse(DOUBLES[name], **constants, **({"two": np.float64(2)} if "two" in DOUBLES[name] else {}))
+    model = parse(
+        OTHER_PRECISIONS[name], **constants, **({"two": np.float64(2)} if "two" in OTHER_PRECISIONS[name] else {})
+    )
     data = np.random.default_rng(0).normal(size=(64, 4)).astype(kind)
     result = quantize(model, data, weight_bits=8, threads=1, **options)
     assert result.report.coverage.quantized_layers == 2
@@ -642,6 +648,29 @@ def test_what_is_computed_in_float64_is_quantized_as_float32(name: str, options:
     assert [
         value.type.tensor_type.elem_type for value in (result.model.graph.input[0], result.model.graph.output[0])
     ] == [onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))] * 2
+
+
+UNLOADABLE = {
+    "bfloat16": """(float[N,4] x) => (float[N,3] y) {
+      b = Cast <to=16> (x) h = MatMul(b, w) r = Relu(h) p = MatMul(r, v) y = Cast <to=1> (p) }""",
+    "types that do not go together": """(float16[N,4] x) => (float16[N,3] y) {
+      h = MatMul(x, w) n = LayerNormalization(h, scale) y = MatMul(n, v) }""",
+}
+
+
+@pytest.mark.parametrize("name", UNLOADABLE)
+def test_models_that_the_runtime_lacks_kernels_for_are_compared_in_float32(name: str) -> None:
+    kind = onnx.TensorProto.BFLOAT16 if name == "bfloat16" else onnx.TensorProto.FLOAT16
+    model = parse(UNLOADABLE[name])
+    for label, values in {"w": DRAW(4, 8), "v": DRAW(8, 3)}.items():
+        model.graph.initializer.append(onnx.helper.make_tensor(label, kind, values.shape, values.ravel()))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(8, np.float32), "scale"))
+    x = DRAW(64, 4)
+    report = quantize(model, x if name == "bfloat16" else x.astype(np.float16), weight_bits=8, threads=1).report
+    assert report.coverage.quantized_layers == 2
+    assert report.fidelity is not None
+    assert report.fidelity.sqnr_db["y"] > 30
+    assert any("compared with the same model in float32" in warning for warning in report.warnings)
 
 
 def test_float64_beside_operators_of_other_domains_is_narrowed() -> None:

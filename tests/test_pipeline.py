@@ -329,9 +329,9 @@ def _with_node(op: str, domain: str = "") -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
 
-def _half() -> onnx.ModelProto:
-    weight = numpy_helper.from_array(np.eye(4, dtype=np.float16), "w")
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["N", 4]) for name in ("x", "y")]
+def _brain_float() -> onnx.ModelProto:
+    weight = helper.make_tensor("w", TensorProto.BFLOAT16, (4, 4), np.eye(4).ravel())
+    ends = [helper.make_tensor_value_info(name, TensorProto.BFLOAT16, ["N", 4]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", ends[:1], ends[1:], [weight])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
@@ -340,8 +340,8 @@ def test_models_that_cannot_be_quantized_are_refused() -> None:
     x = np.zeros((8, 4), np.float32)
     with pytest.raises(UnsupportedOp, match=r"1 node\(s\) cannot be simulated: 'odd' my.domain.Odd"):
         quantize(_with_node("Odd", "my.domain"), x)
-    with pytest.raises(ModelError, match="float16"):
-        quantize(_half(), x.astype(np.float16))
+    with pytest.raises(ModelError, match="bfloat16"):
+        quantize(_brain_float(), x)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ _NUMBERED = re.compile(r"/\d+$")  # what `edit.fresh_name` puts behind a name
 PASSES: dict[str, Pass] = {  # in the order in which they run
     function.__name__: function
     for function in (
-        precision.narrow_doubles,
+        precision.use_float32,
         constants.remove_noops,
         constants.fold_constants,
         constants.fold_shapes,

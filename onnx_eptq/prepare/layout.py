@@ -29,6 +29,7 @@ from onnx_eptq.prepare.edit import (
     set_constant,
     shape_of,
 )
+from onnx_eptq.prepare.precision import is_other_float
 
 
 def _static_target(tensor: gs.Tensor) -> list[int] | None:
@@ -222,6 +223,11 @@ def _push_same(graph: gs.Graph, node: gs.Node, perm: list[int]) -> list[int]:
     return perm
 
 
+def _push_cast(graph: gs.Graph, node: gs.Node, perm: list[int]) -> list[int] | None:
+    between = any(is_other_float(tensor) for tensor in (*node.inputs, *node.outputs))
+    return None if between else perm  # an input or output of another precision keeps its Cast beside it
+
+
 def _push_broadcast(graph: gs.Graph, node: gs.Node, perm: list[int]) -> list[int] | None:
     values = [array(tensor) for tensor in node.inputs]
     if any(v is not None and v.ndim > len(perm) for v in values):
@@ -368,6 +374,7 @@ def _absorb(graph: gs.Graph, node: gs.Node, transpose: gs.Node) -> bool:
 
 _HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(_UNARY, _push_same),
+    "Cast": _push_cast,
     **dict.fromkeys(_BROADCASTING, _push_broadcast),
     **dict.fromkeys(_REDUCING, _push_reduce),
     **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), _push_axis(-1)),

@@ -1,64 +1,84 @@
-"""Pass: stretches of float64 within a float32 graph become float32."""
+"""Pass: what a model computes in float16, bfloat16 or float64 becomes float32."""
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
+from onnx_graphsurgeon.logger import G_LOGGER
 
-from onnx_eptq.graph import STANDARD_DOMAINS, is_op, is_packed
+from onnx_eptq.graph import STANDARD_DOMAINS, is_packed, scopes
 from onnx_eptq.prepare.edit import Array, fresh_name, replace_uses
 
 # What float64 reaches beyond is cut off: masks are often the least number of their type.
 LIMITS = float(np.finfo(np.float32).min), float(np.finfo(np.float32).max)
+_OTHERS = (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+_TYPE_ATTRIBUTES = ("to", "dtype", "output_datatype")  # Cast; EyeLike and SequenceEmpty; windows
+_GENERIC_DOMAINS = (*STANDARD_DOMAINS, "com.microsoft")  # their operators take float32 wherever they take the others
 
 
-def narrow_doubles(graph: gs.Graph) -> int:
-    """Compute in float32 what exporters compute in float64 (positions, limits, constants of other libraries).
+def use_float32(graph: gs.Graph) -> int:
+    """Compute in float32 what the model computes in float16, bfloat16 (whole exports) or float64 (positions, other libraries).
 
-    Inputs and outputs of float64 keep their type, behind and before a Cast. Nothing is done where a node could depend on the
-    type: one that has a body, or one of another domain that reads or makes such values.
+    Inputs and outputs keep their type, behind and before a Cast. Nothing is done where a node of another domain could depend
+    on the type.
     """
-    tensors = list(graph.tensors().values())
-    wide = [tensor for tensor in tensors if _is_double(tensor)]
-    fixed = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}
-    inner = [tensor for tensor in wide if id(tensor) not in fixed]
-    if not inner or any(_may_depend(node) for node in graph.nodes):
+    fixed = {id(tensor): tensor for tensor in (*graph.inputs, *graph.outputs)}
+    inner = [
+        tensor
+        for scope in scopes(graph)
+        for tensor in scope.tensors().values()
+        if is_other_float(tensor) and id(tensor) not in fixed
+    ]
+    turning = [tensor for tensor in fixed.values() if is_other_float(tensor) and not is_turned(tensor)]
+    if not (inner or turning) or any(_may_depend(node) for scope in scopes(graph) for node in scope.nodes):
         return 0
-    for tensor in graph.inputs:
-        if _is_double(tensor):
-            narrow = gs.Variable(fresh_name(graph, tensor.name), np.float32, tensor.shape)
-            replace_uses(tensor, narrow)
-            _cast(graph, tensor, narrow)
-    for tensor in graph.outputs:
-        if _is_double(tensor) and tensor.inputs:
-            narrow = gs.Variable(fresh_name(graph, tensor.name), np.float32, tensor.shape)
-            replace_uses(tensor, narrow)
+    for tensor in turning:
+        narrow = gs.Variable(fresh_name(graph, tensor.name), np.float32, tensor.shape)
+        replace_uses(tensor, narrow)
+        if tensor.inputs:
             (producer,) = tensor.inputs
             producer.outputs[producer.outputs.index(tensor)] = narrow
             _cast(graph, narrow, tensor)
+        else:
+            _cast(graph, tensor, narrow)
     for tensor in inner:
         if isinstance(tensor, gs.Constant):
-            tensor.values = _narrow(tensor.values)
+            with G_LOGGER.suppress(G_LOGGER.CRITICAL):  # which has a lot to say about bfloat16
+                tensor.values = _in_float32(tensor.values)
         else:
             tensor.dtype = np.float32
-    for node in graph.nodes:
-        value = node.attrs.get("value")
-        if (
-            is_op(node, "Cast")
-            and dtype_to_onnx(node.attrs["to"]) == TensorProto.DOUBLE
-            and not _is_double(node.outputs[0])
-        ):
-            node.attrs["to"] = int(TensorProto.FLOAT)
-        if is_op(node, "ConstantOfShape") and isinstance(value, gs.Constant) and _is_double(value):
-            node.attrs["value"] = gs.Constant(value.name, _narrow(value.values))
-    return len(inner)
+    for scope in scopes(graph):
+        for node in scope.nodes:
+            _retype(node)
+    return len(inner) + len(turning)
+
+
+def is_other_float(tensor: gs.Tensor) -> bool:
+    """Tell whether the tensor is float16, bfloat16 or float64."""
+    if isinstance(tensor.dtype, int):  # numpy lacks it
+        return tensor.dtype == int(TensorProto.BFLOAT16)
+    return not (isinstance(tensor, gs.Constant) and is_packed(tensor)) and tensor.dtype in (np.float16, np.float64)
+
+
+def is_turned(tensor: gs.Tensor) -> bool:
+    """Tell whether only Casts make and read the tensor."""
+    return all(node.op == "Cast" for node in (*tensor.inputs, *tensor.outputs))
 
 
 def _may_depend(node: gs.Node) -> bool:
-    foreign = node.domain not in STANDARD_DOMAINS and any(
-        _is_double(tensor) for tensor in (*node.inputs, *node.outputs)
-    )
-    return foreign or bool(list(node.subgraphs()))
+    return node.domain not in _GENERIC_DOMAINS and any(is_other_float(x) for x in (*node.inputs, *node.outputs))
+
+
+def _retype(node: gs.Node) -> None:
+    """Let a node make float32 that says by an attribute that it makes another type."""
+    if any(is_other_float(tensor) for tensor in node.outputs):
+        return  # an output of the model
+    for name in _TYPE_ATTRIBUTES:
+        if name in node.attrs and dtype_to_onnx(node.attrs[name]) in _OTHERS:
+            node.attrs[name] = int(TensorProto.FLOAT)
+    value = node.attrs.get("value")
+    if isinstance(value, gs.Constant) and is_other_float(value):  # of a ConstantOfShape
+        node.attrs["value"] = gs.Constant(value.name, _in_float32(value.values))
 
 
 def _cast(graph: gs.Graph, source: gs.Tensor, result: gs.Variable) -> None:
@@ -66,9 +86,7 @@ def _cast(graph: gs.Graph, source: gs.Tensor, result: gs.Variable) -> None:
     graph.nodes.append(gs.Node("Cast", name, {"to": int(dtype_to_onnx(result.dtype))}, [source], [result]))
 
 
-def _narrow(values: Array) -> Array:
-    return np.asarray(np.clip(values, *LIMITS), np.float32)
-
-
-def _is_double(tensor: gs.Tensor) -> bool:
-    return not (isinstance(tensor, gs.Constant) and is_packed(tensor)) and tensor.dtype == np.float64
+def _in_float32(values: Array) -> Array:
+    if values.dtype == np.float64:
+        values = np.clip(values, *LIMITS)
+    return np.asarray(values, np.float32)
