@@ -27,6 +27,7 @@ LARGE = 1e7  # whole numbers below it are left as they are: CBC errs with limits
 NORMAL = 1e4  # what other limits are scaled to
 VANISHING = 1e-6  # of the largest amount: limits below it, 0 among them, are scaled as if they were so large
 SEEN = 1e-6  # of a limit: the least excess that a solver is sure to see
+NEAR = 32.0  # bytes by which sums may exceed what a file takes: lengths of lengths do not add up
 ROUNDS = 30  # of tightening a limit that the solver met within its tolerance only
 
 
@@ -100,13 +101,18 @@ class Program:
         """Solve until the choice is within the limits to the last unit.
 
         A choice that exceeds one tightens it; or is itself forbidden, where the excess is too small for the solver to see.
+        Sums that only come near what a choice takes may exceed a limit that it meets: they get room once nothing is left.
         """
         slack, forbidden = [0.0] * len(limits), list[dict[str, int]]()
+        room = [-NEAR if limit.resource.exact is not None else 0.0 for limit in limits]
         deadline = time.perf_counter() + seconds
         for _ in range(ROUNDS):
             tightened = [Limit(limit.resource, limit.most - less) for limit, less in zip(limits, slack, strict=True)]
             model = _Model(self.groups, goal, tightened, forbidden)
             status = model.run(max(deadline - time.perf_counter(), 0.0))
+            if status == "infeasible" and any(room):
+                slack, room = room, []
+                continue
             if status == "infeasible":
                 return None
             if status == "unknown":

@@ -8,6 +8,7 @@ while their piece learns, and are then baked into constants and scales.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -49,6 +50,7 @@ STARTS = ("rtn", "compensated", "weighted")
 SPREADS = 8.0  # standard deviations of a channel that its bias is learned in units of, at most
 CHECKS = 8  # times per network-wide stage that the held-out samples are looked at
 CHECK_STEPS = 5  # steps between two such looks, at least: one costs as much as one or two steps
+DRAWING = threading.Lock()  # torch's own generator, which runs in other threads would draw from, too
 CURVE = 50  # points of a recorded loss curve
 INTERVAL = 20.0  # seconds between checkpoints: what a killed run loses at most
 HESSIAN_SAMPLES = 64
@@ -72,6 +74,7 @@ class Problem:
     multiple: int = 1  # the model takes multiples of so many samples
     chunk: int = 0  # and runs so many at a time; 0: as many as there are
     mapped: bool = False  # it takes one sample, but learning can map it over several
+    begun: Tensors | None = None  # the state that the method begins with, where that is not plain rounding's
     views: int | None = 1  # of each image that are learned from; None: more, the fewer images there are
     cache_bytes: int = 2**30
     compile: bool = False
@@ -548,7 +551,8 @@ class _Piece:
         if self.stage.activations != "drop":
             return ours
         pairs = zip(ours, (x[index] for x in self.theirs), strict=True)
-        return [a if a is b else torch.where(torch.rand_like(a) < 0.5, a, b) for a, b in pairs]
+        mixed = [(a, b, a.is_floating_point()) for a, b in pairs]  # ids and truth values are the same in both
+        return [torch.where(torch.rand_like(a) < 0.5, a, b) if mixes else a for a, b, mixes in mixed]
 
     def loss(self, index: Tensor, step: int, steps: int) -> Tensor:
         """The loss of one batch."""
@@ -717,6 +721,8 @@ class Learner:
         """Judge plain rounding, then begin where the method begins."""
         problem, student = self.problem, self.student
         self._keep("rtn")
+        if problem.begun is not None:
+            student.load_state_dict(problem.begun)
         if problem.method.start == "float":
             with torch.no_grad():
                 for layer in problem.layers:
@@ -817,9 +823,11 @@ class Learner:
             self.step = steps
         while self.step < steps:
             index = order.next()
-            with torch.random.fork_rng(devices=[], enabled=stage.activations == "drop"):
-                if stage.activations == "drop":
+            if stage.activations == "drop":
+                with DRAWING, torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed * 65_537 + self.step)  # a resumed run draws what the whole one draws
+                    loss = running.step(index, self.step, steps)
+            else:
                 loss = running.step(index, self.step, steps)
             self.step += 1
             self.learning.steps += 1

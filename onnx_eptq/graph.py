@@ -30,6 +30,7 @@ LOG = logging.getLogger(__name__)
 OPSETS = range(7, 26)
 # Younger than the opset that graphs are brought to; their parts are not.
 _COMPOSED = ("Attention", "RMSNormalization", "RotaryEmbedding", "Swish")
+_SHAPE_KEEPERS = ("Scaler", "Normalizer", "Imputer", "Binarizer")
 STANDARD_DOMAINS = (None, "", "ai.onnx")
 HUGE = 1e3  # no score comes near: numbers of this size among small ones are a mask
 PROTOBUF_LIMIT = 2**31 - 2**20  # protobuf refuses 2 GiB; the rest is room for the nodes
@@ -670,6 +671,21 @@ def infer_shapes(graph: gs.Graph) -> None:
 
     What inference finds replaces what was there; the declared shapes of the graph's inputs and outputs stay.
     """
+    _infer_shapes(graph)
+    if sum(map(_keep_shape, graph.nodes)):
+        _infer_shapes(graph)
+
+
+def _keep_shape(node: gs.Node) -> bool:
+    """Give the value of a scaler of tables the shape that it keeps, of which ONNX's inference says nothing."""
+    if node.domain != "ai.onnx.ml" or node.op not in _SHAPE_KEEPERS or node.outputs[0].shape is not None:
+        return False
+    node.outputs[0].shape = node.inputs[0].shape
+    node.outputs[0].dtype = np.float32 if node.op in ("Scaler", "Normalizer") else node.inputs[0].dtype
+    return node.outputs[0].shape is not None and node.outputs[0].dtype is not None
+
+
+def _infer_shapes(graph: gs.Graph) -> None:
     model = skeleton(graph)
     for value in model.graph.output:
         value.ClearField("type")  # exporters give unrelated outputs the same symbolic dimension

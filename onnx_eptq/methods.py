@@ -54,7 +54,7 @@ class Method:
         stages: Rounds of learning, one after another; none: plain rounding.
         start: What the first stage starts from: rtn (plain rounding), float (biases uncorrected, as soft rounding starts at
             the float weights), or compensated (`compensate`).
-        ranges: Weight ranges: as configured, or hmse.
+        ranges: Weight ranges that learning begins with: as configured, or hmse. Plain rounding is judged as configured.
     """
 
     stages: tuple[Stage, ...] = ()

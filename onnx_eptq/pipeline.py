@@ -76,6 +76,7 @@ COLUMN_SAMPLES, FEW_COLUMN_SAMPLES = 64, 16  # the columns of inputs and outputs
 ALIKE = 8  # samples that are compared: if they are the same, so may be all
 UNSEEN = 0.5  # a score of 0 to 1 whose largest one is below was calibrated on samples without what it looks for
 LOW_AGREEMENT = 75.0  # %; below, the largest score is another one too often
+MEASURED_WITH = ("sensitivity", "seed", "calibration", "bias_correction", "cache_mb", "batch_size")
 MANY_NOTES = 0.1  # of the file
 AT_MOST = "try to keep the first or last layers float (--keep-float)"  # where all have 8 bits
 LOW_COLUMN, HIDDEN = 6.0, 30.0  # dB of one column that are low, and how many more of the whole output hide it
@@ -193,6 +194,9 @@ def begin(
 
     With `explore`, widths are to be chosen even if no budget is set.
     """
+    check_kinds(
+        config=(config, Config), plan=(plan, Plan), phases=(phases, Phases), output=(output, (str, os.PathLike))
+    )
     phases = phases or Phases()
     config = Config.make(**{**(config.model_dump() if config else {}), **settings})
     if plan is not None and {"weight_bits", "act_bits"} & settings.keys():
@@ -291,6 +295,14 @@ def describe_plan(job: Job) -> None:
     job.report.storage = {bits: job.target.storage[bits] for bits in job.report.coverage.layers_by_bits}
 
 
+def check_kinds(**given: tuple[Any, type | tuple[type, ...]]) -> None:
+    """Raise UsageError for an argument that is of another kind than what belongs there."""
+    for name, (value, kinds) in given.items():
+        if value is not None and not isinstance(value, kinds):
+            wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+            raise UsageError(f"{name} is a {type(value).__name__}; give a {wanted}")
+
+
 def check_budgets(config: Config, plan: Plan | None, explore: bool) -> bool:
     """Whether widths are to be chosen; raises UsageError for settings that do not go together."""
     choices = bool(config.weight_choices or config.act_choices) or any(
@@ -364,6 +376,7 @@ def check_output(output: str | os.PathLike[str], model: Model) -> None:
     try:
         with tempfile.TemporaryFile(dir=folder):
             writable = not path.exists() or os.access(path, os.W_OK)
+        path.with_name(f"{path.name}.checkpoint.part").exists()  # raises for a name that is too long
     except OSError:
         writable = False
     if not writable:
@@ -395,6 +408,14 @@ def check_values(graph: gs.Graph) -> None:
             raise ModelError(f"'{tensor.name}' is {tensor.dtype}; convert the model to float32, or export it again so")
         if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32 and np.isnan(tensor.values).any():
             raise ModelError(f"the constant '{tensor.name}' holds NaN; export the model again from sound weights")
+    for tensor in graph.outputs:
+        numbers = tensor.dtype is None or (not isinstance(tensor.dtype, int) and np.dtype(tensor.dtype).kind in "biuf")
+        if tensor.type != "tensor_type" or not numbers:
+            what = "a tensor of text" if tensor.type == "tensor_type" else f"a {tensor.type.removesuffix('_type')}"
+            raise ModelError(
+                f"the output '{tensor.name}' is {what}, and only tensors of numbers can be compared; cut the model before it, "
+                "or export it otherwise (skl2onnx: options={'zipmap': False}, and classes as integers)"
+            )
     for layer in linear_layers(graph):
         if not np.isfinite(layer.weight.values).all():
             raise ModelError(
@@ -665,6 +686,7 @@ class Ready:
     teacher: mirror.Mirror
     student: mirror.Mirror
     batches: Feed
+    begun: eptq.Tensors | None = None  # the student's state that the method begins with, if that is another
 
 
 def make_teacher(job: Job) -> tuple[mirror.Mirror, Feed, gs.Graph]:
@@ -760,28 +782,30 @@ def calibrated(job: Job, phases: Phases, stats: calibrate.Stats | None = None) -
         job.plan, stats, teacher, config.calibration, calibrate.elementwise_readers(job.graph)
     )
     few = batches.subset(weight_samples(job), config.seed)
-    if "hmse" in (config.weight_calibration, METHODS[config.method].ranges):
-        samples = load_samples(teacher, few)
-        with phases("weights"):
-            importance = hessian.weight_hessian(
-                teacher,
-                graph,
-                job.layers,
-                samples,
-                batch=len(calibrate.feed(teacher, next(iter(few)))[0]),
-                seed=config.seed,
+
+    def rounded(calibration: str) -> mirror.Mirror:
+        """The student with the weight scales of a calibration, plainly rounded."""
+        if calibration == "hmse":
+            samples = load_samples(teacher, few)
+            with phases("weights"):
+                batch = len(calibrate.feed(teacher, next(iter(few)))[0])
+                importance = hessian.weight_hessian(teacher, graph, job.layers, samples, batch=batch, seed=config.seed)
+                scales = hessian.hmse_scales(job.plan, teacher, importance)
+        else:
+            scales = calibrate.choose_weight_scales(
+                teacher, job.plan, job.layers, phases.over("weights", few, len(few)), calibration
             )
-            qparams |= hessian.hmse_scales(job.plan, teacher, importance)
-    else:
-        qparams |= calibrate.choose_weight_scales(
-            teacher, job.plan, job.layers, phases.over("weights", few, len(few)), config.weight_calibration
-        )
+        student = mirror.build(graph, job.plan, qparams | scales).to(config.device)
+        if config.bias_correction:
+            calibrate.correct_biases(student, teacher, job.plan, job.layers, stats)
+        calibrate.fit_biases(student, job.plan)
+        return student
+
     job.report.warnings += saturated(job, stats)
-    student = mirror.build(graph, job.plan, qparams).to(config.device)
-    if config.bias_correction:
-        calibrate.correct_biases(student, teacher, job.plan, job.layers, stats)
-    calibrate.fit_biases(student, job.plan)
-    return Ready(graph, teacher, student, batches)
+    begun = None
+    if METHODS[config.method].ranges == "hmse" != config.weight_calibration:
+        begun = dict(rounded("hmse").state_dict())
+    return Ready(graph, teacher, rounded(config.weight_calibration), batches, begun)
 
 
 def saturated(job: Job, stats: calibrate.Stats) -> list[str]:
@@ -865,7 +889,7 @@ def sensitivity_key(job: Job) -> str:
     """What measured losses belong to: model, data, where quantizers sit, and how it is measured; not the widths."""
     config = job.config
     plan = with_widths(job.plan, {group.name: 8 for group in job.groups})
-    settings = {name: getattr(config, name) for name in ("sensitivity", "seed", "calibration", "bias_correction")}
+    settings = {name: getattr(config, name) for name in MEASURED_WITH}
     parts: list[bytes | str] = [onnx_eptq.__version__, json.dumps(settings), plan.to_json()]
     for sample in job.batches.samples():
         parts += [np.ascontiguousarray(array).tobytes() for array in sample.values()]
@@ -976,6 +1000,7 @@ def learning_problem(job: Job, ready: Ready, method: Method | None = None) -> ep
         multiple=job.batches.batch_size if has_fixed_batch(job) else 1,
         chunk=job.batches.batch_size if alone else 0,
         mapped=alone and can_map(job, ready, samples),
+        begun=ready.begun,
         views=config.views,
         cache_bytes=config.cache_mb * 2**20,
         compile=config.compile,

@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from onnx_eptq.errors import ModelError, UnsupportedOp, UsageError
-from onnx_eptq.graph import extras, is_mask, is_op, masks_sum
+from onnx_eptq.graph import array, extras, is_mask, is_op, masks_sum
 from onnx_eptq.grid import Grid
 from onnx_eptq.ops import QUANTIZED, op_name, op_of
 from onnx_eptq.targets import Target
@@ -208,10 +208,17 @@ def role_of(node: gs.Node) -> str:
     return str(op_of(node).role_of(node.attrs))
 
 
+def is_stored(node: gs.Node) -> bool:
+    """Whether a node only restores a constant that is stored in integers."""
+    return is_op(node, "DequantizeLinear") and all(array(tensor) is not None for tensor in node.inputs if tensor.name)
+
+
 def check_ops(graph: gs.Graph) -> None:
     """Raise UnsupportedOp that names every node which cannot be simulated."""
     unknown = [node for node in graph.nodes if not _is_known(node)]
-    quantized = next((node.op for node in unknown if node.op in QUANTIZED), None)
+    quantized = next((node.op for node in unknown if node.op in QUANTIZED and not is_stored(node)), None)
+    if not quantized:  # weights that are stored in fewer bits become float constants
+        unknown = [node for node in unknown if not is_stored(node)]
     if quantized:
         raise ModelError(
             f"the model is quantized already (it holds {quantized} nodes); give the float model it came from"
@@ -384,9 +391,11 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[
     Seeds are the nodes the user keeps, operators whose result 8 bits cannot hold (Log, Reciprocal, ...), and what decodes
     detections. Operators between seeds join: those whose every consumer is inside, and those that read an inside value which
     nothing outside needs. A linear operator joins when all that reads it is inside (the matrices of a spectrogram before its
-    Log), but for a decoding or a mask: its weights are quantized all the same. What such an operator reads joins only near
-    the inputs: a classifier that ends in a Log is no spectrogram, and no small network that ends in `_HEADS` is. So it reads
-    float only if its whole result, and that of the linear operators before it, goes through seeds: of x / |x| some goes round.
+    Log), but for a decoding or a mask: its weights are quantized all the same. Where other linear operators follow, its whole
+    result must go through seeds, as it does not in a normalization: else all layers in front of those would run in float. What
+    such an operator reads joins only near the inputs: a classifier that ends in a Log is no spectrogram, and no small network
+    that ends in `_HEADS` is. So it reads float only if its whole result, and that of the linear operators before it, goes
+    through seeds: of x / |x| some goes round.
     """
     region = {id(node): "kept float as asked" for node in graph.nodes if id(node) in kept}
     seeds = (n for n in graph.nodes if role_of(n) == "sensitive" and id(n) not in region)
@@ -413,6 +422,11 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[
         id(n): "between a normalization and its scale and shift" for n in _affine_ends(graph) if id(n) not in region
     }
     outputs = {id(tensor) for tensor in graph.outputs}
+    leading: set[int] = set()  # nodes with a linear operator behind them
+    for node in reversed(graph.nodes):
+        behind = [reader for tensor in node.outputs for reader in tensor.outputs]
+        if any(role_of(reader) == "linear" or id(reader) in leading for reader in behind):
+            leading.add(id(node))
     depth: dict[int, int] = {}  # linear operators on the longest way from an input to a node, itself included
     for node in graph.nodes:
         above = [depth[id(producer)] for tensor in node.inputs for producer in tensor.inputs]
@@ -428,7 +442,9 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[
         if role_of(node) == "linear" and not any(is_constant(tensor) for tensor in node.inputs[:2]):
             return False  # a product of two activations, before the mask of an attention: worth its 8 bits
         consumers = [consumer for tensor in node.outputs for consumer in tensor.outputs]
-        if role_of(node) == "linear" and any(id(c) in late for c in consumers):
+        if role_of(node) == "linear" and any(
+            id(c) in late or (id(c) in leading and id(c) not in funnel) for c in consumers
+        ):
             return False
         if role_of(node) == "clamp" and any(id(c) in masking for c in consumers):
             return False  # behind it is the better place for a quantizer
@@ -466,14 +482,36 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[
 
 def _is_affine(node: gs.Node) -> bool:
     """Whether a node scales or shifts one activation by constants."""
-    if is_op(node, "BatchNormalization"):
+    if is_op(node, "BatchNormalization") or (node.domain == "ai.onnx.ml" and node.op == "Scaler"):
         return True
     return is_op(node, "Add", "Sub", "Mul", "Div") and sum(map(is_constant, node.inputs)) == 1
 
 
 def _passes_columns(node: gs.Node) -> bool:
     """Whether what evens out columns may lie on both sides of a node."""
-    return role_of(node) in ("same_grid", "clamp", "join") or is_op(node, "Cast")
+    picks = node.domain == "ai.onnx.ml" and node.op == "ArrayFeatureExtractor"
+    return picks or role_of(node) in ("same_grid", "clamp", "join") or is_op(node, "Cast")
+
+
+def _scaling(tensor: gs.Tensor, outputs: set[int], depth: int = 0) -> set[int] | None:
+    """The nodes that read a value, on every way to the last that scales or shifts it; None where one way has none.
+
+    Columns may be taken apart first; a way ends, too, where they become integers or truth values, as those of categories do.
+    """
+    if id(tensor) in outputs or not tensor.outputs or depth > DEEPEST:
+        return None
+    found: set[int] = set()
+    for reader in tensor.outputs:
+        if role_of(reader) == "untouched" and not is_float(reader.outputs[0]):
+            continue
+        if not (_is_affine(reader) or _passes_columns(reader)):
+            return None
+        behind = [_scaling(value, outputs, depth + 1) for value in reader.outputs if value.name]
+        if None in behind and not _is_affine(reader):
+            return None
+        found.add(id(reader))
+        found.update(*(nodes for nodes in behind if nodes is not None))
+    return found
 
 
 def _column_scalers(graph: gs.Graph) -> dict[int, str]:
@@ -482,18 +520,10 @@ def _column_scalers(graph: gs.Graph) -> dict[int, str]:
     biases = {id(layer.bias_node) for layer in linear_layers(graph)}
     found: dict[int, str] = {}
     for tensor in graph.inputs:
-        reason, chain = f"evens out the columns of '{tensor.name}'", list[gs.Node]()
-        while tensor.name in extras(graph).uneven or chain:
-            readers = {id(reader): reader for reader in tensor.outputs}
-            (reader,) = readers.values() if len(readers) == 1 and id(tensor) not in outputs else (None,)
-            if reader is None or not (_is_affine(reader) or _passes_columns(reader)):
-                break
-            chain.append(reader)
-            if _is_affine(reader):
-                found |= {id(node): reason for node in chain}
-            tensor = reader.outputs[0]
+        if tensor.name in extras(graph).uneven:
+            found |= dict.fromkeys(_scaling(tensor, outputs) or (), f"evens out the columns of '{tensor.name}'")
     for tensor in graph.outputs:
-        reason, chain = f"gives the columns of '{tensor.name}' their scales", []
+        reason, chain = f"gives the columns of '{tensor.name}' their scales", list[gs.Node]()
         while tensor.name in extras(graph).uneven or chain:
             (node,) = tensor.inputs or (None,)
             alone = len(tensor.outputs) == 0 if not chain else len(tensor.outputs) == 1 and id(tensor) not in outputs

@@ -413,7 +413,7 @@ class Cache:
         self.losses.setdefault(name, {}).update(row)
         if self.path is None:
             return
-        staged = self.path.with_name(f"{self.path.name}.part")
+        staged = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")  # others may measure the same
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             staged.write_text(json.dumps({"version": 1, "losses": self.losses}))

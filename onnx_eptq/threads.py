@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -33,12 +33,15 @@ def worthwhile(work: float) -> int:
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Make new tensors on the CPU, and leave torch's default device and number of threads as they were found."""
+    """Make new tensors on the CPU, in the precision they have, and leave torch's settings as they were found."""
     before, device = torch.get_num_threads(), torch.get_default_device()
     if device.type != "cpu":
         torch.set_default_device("cpu")
     try:
-        yield
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
         torch.set_num_threads(before)
         if device.type != "cpu":

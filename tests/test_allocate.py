@@ -173,6 +173,19 @@ def test_what_the_solver_met_within_its_tolerance_only_is_tightened():
         program.solve([Limit(sloppy, 2e9)])
 
 
+def test_what_its_amounts_overstate_is_found_all_the_same():
+    """A choice meets its limit to the byte, and the amounts say that it is above it."""
+    row = {2: 100.0, 4: 200.0, 8: 400.0}
+    vague = Resource("file", "bytes", [Amount(single={"a": row, "b": row})])
+    vague.exact = lambda choice: vague.amounts[0].of(choice) - 5
+    program = Program([group("a"), group("b")], {"a": {2: 4.0, 4: 2.0, 8: 0.9}, "b": {2: 3.0, 4: 1.5, 8: 1.0}})
+    assert program.solve([Limit(vague, 195)]).choice == {"a": 2, "b": 2}
+    with pytest.raises(
+        UsageError, match=r"no choice .* file can be no less than 195 bytes, and 194 bytes are asked for"
+    ):
+        program.solve([Limit(vague, 194)])
+
+
 @pytest.mark.parametrize("most", [0.3, 0.5])
 def test_two_hundred_quantizers_are_solved_to_the_end(most):
     weights, values = [group(f"w{i}") for i in range(130)], [group(f"a{i}", (4, 6, 8)) for i in range(70)]

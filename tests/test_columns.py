@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,36 @@ def test_columns_of_an_input_keep_what_each_of_them_says(front: str) -> None:
     assert decibels(expected, found).min() > 28
     assert "evens out the columns of 'x'" in result.plan.floats["x"]
     assert result.report.coverage.complete
+
+
+APART = {
+    "split": "l, r = Split <axis=1, num_outputs=2> (x) m = Mul(l, by_l) n = Div(r, sd_r) z = Concat <axis=1> (m, n)",
+    "gathered": "l = Gather <axis=1> (x, left) r = Gather <axis=1> (x, right) m = Mul(l, by_l) n = Div(r, sd_r)"
+    " z = Concat <axis=1> (m, n)",
+    "extracted": "l = ai.onnx.ml.ArrayFeatureExtractor(x, left) r = ai.onnx.ml.ArrayFeatureExtractor(x, right)"
+    " m = Mul(l, by_l) n = Div(r, sd_r) z = Concat <axis=1> (m, n)",
+    "scaled as tables are": "z = ai.onnx.ml.Scaler <offset=[0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0], scale=SCALE> (x)",
+    "beside categories": "l = Gather <axis=1> (x, right) i = Cast <to=7> (l) k = Cast <to=1> (i) o = Mul(k, nothing)"
+    " m = Mul(x, by) p = Concat <axis=1> (o, o) z = Add(m, p)",
+    "beside bins": "l = Gather <axis=1> (x, right) i = Less(l, sd_r) k = Cast <to=1> (i) o = Mul(k, nothing)"
+    " m = Mul(x, by) p = Concat <axis=1> (o, o) z = Add(m, p)",
+}
+
+
+@pytest.mark.parametrize("front", APART)
+def test_columns_that_are_scaled_apart_keep_what_each_of_them_says(front: str) -> None:
+    constants = {
+        **{name: CONSTANTS[name] for name in ("w", "b", "v")}, "by": 1 / SCALES, "by_l": 1 / SCALES[:4], "sd_r": SCALES[4:],
+        "left": np.arange(4), "right": np.arange(4, 8), "nothing": f32(0),
+    }  # fmt: skip
+    text = APART[front].replace("SCALE", str([round(float(1 / scale), 9) for scale in SCALES]))
+    used = {name: value for name, value in constants.items() if re.search(rf"\b{name}\b", text + MLP)}
+    model = parse(f"(float[N,8] x) => (float[N,3] y) {{ {text} {MLP}", **used)
+    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", 1))
+    result = quantize(model, RAW, method="rtn", threads=1)
+    (expected,), (found,) = run(model, x=RAW), run(result.model, x=RAW)
+    assert decibels(expected, found).min() > 28
+    assert "x" in result.plan.floats
 
 
 def test_a_scaler_before_a_padded_convolution_stays_float() -> None:

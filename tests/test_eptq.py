@@ -144,6 +144,16 @@ def test_odd_and_tiny_models_learn_and_get_no_worse(name, method):
     assert all(bool(value.isfinite().all()) for value in found.student.state_dict().values())
 
 
+def test_plain_rounding_is_judged_with_its_own_scales():
+    """EPTQ v2 begins with ranges by HMSE, which may be worse than those that are configured."""
+    data = np.random.default_rng(0).standard_normal((64, 3, 8, 8), dtype=np.float32)
+    first, second = (
+        onnx_eptq.quantize(models.residual(), data, weight_bits=2, method=method, steps=2, threads=1).report.learning
+        for method in ("eptq-v1", "eptq-v2")
+    )
+    assert first.distances["rtn"] == second.distances["rtn"]
+
+
 STEPS = {"adaround": 400, "brecq": 400, "qdrop": 400}  # rates of these methods are made for many
 
 

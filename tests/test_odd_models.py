@@ -18,7 +18,7 @@ import torch
 
 import onnx_eptq
 from models import f32, heed_sigint, i64, parse, weights
-from onnx_eptq.errors import DataError, ModelError
+from onnx_eptq.errors import DataError, ModelError, OutputError, UsageError
 from onnx_eptq.graph import is_mask, ruled_out
 from onnx_eptq.plan import Plan
 
@@ -535,6 +535,87 @@ def test_so_do_those_of_an_attention_whose_length_is_open(length: int) -> None:
     result = quantize(model, data, weight_bits=8, threads=1)
     assert result.plan["p"].reach == pytest.approx(min(1, 2 / length))
     assert result.report.fidelity.sqnr_db["y"] > 30
+
+
+def test_weights_that_are_stored_in_integers_are_restored_first() -> None:
+    """As converters of TFLite files with a dynamic range write them."""
+    text = "(float[N,4] x) => (float[N,4] y) { w = DequantizeLinear <axis=1> (q, s) h = MatMul(x, w) y = Relu(h) }"
+    integers = np.random.default_rng(0).integers(-127, 128, (4, 4)).astype(np.int8)
+    model = parse(text, q=integers, s=np.linspace(0.01, 0.02, 4, dtype=np.float32))
+    report = quantize(model, DRAW(64, 4), weight_bits=8, threads=1).report
+    assert report.coverage.quantized_layers == report.coverage.layers == 1
+    assert report.fidelity is not None
+    assert report.fidelity.sqnr_db["y"] > 35
+
+
+@pytest.mark.parametrize("given", ["declared", "unknown"])
+def test_layers_behind_scalers_of_tables_keep_their_biases(given: str) -> None:
+    text = """(float[N,4] x) => (float[N,3] y) { s = ai.onnx.ml.Scaler <offset=[0.1], scale=[2.0]> (x)
+      h = MatMul(s, w) a = Add(h, b) r = Relu(a) k = MatMul(r, v) y = Add(k, c) }"""
+    model = parse(text, w=DRAW(4, 8), b=DRAW(1, 8), v=DRAW(8, 3), c=DRAW(1, 3))
+    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", 1))
+    if given == "declared":
+        model.graph.value_info.append(onnx.helper.make_tensor_value_info("s", onnx.TensorProto.FLOAT, ["N", 4]))
+    found = quantize(model, DRAW(64, 4), weight_bits=8, threads=1).model
+    assert [node.op_type for node in found.graph.node if node.op_type in ("MatMul", "Add", "Gemm")] == ["Gemm", "Gemm"]
+
+
+def test_outputs_that_are_no_tensors_of_numbers_are_refused_by_name() -> None:
+    model = parse("(float[N,4] x) => (float[N,3] p) { h = MatMul(x, w) p = Softmax(h) }", w=DRAW(4, 3))
+    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", 1))
+    mapped, text = onnx.ModelProto(), onnx.ModelProto()
+    for each in (mapped, text):
+        each.CopyFrom(model)
+    helper = onnx.helper
+    mapped.graph.node.append(
+        helper.make_node("ZipMap", ["p"], ["z"], domain="ai.onnx.ml", classlabels_int64s=[0, 1, 2])
+    )
+    maps = helper.make_map_type_proto(
+        onnx.TensorProto.INT64, helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
+    )
+    mapped.graph.output.append(helper.make_value_info("z", helper.make_sequence_type_proto(maps)))
+    text.graph.initializer.append(onnx.numpy_helper.from_array(np.array(["a", "b", "c"], dtype=object), "names"))
+    text.graph.node.append(helper.make_node("ArgMax", ["p"], ["best"], axis=1, keepdims=0))
+    text.graph.node.append(helper.make_node("Gather", ["names", "best"], ["z"]))
+    text.graph.output.append(helper.make_tensor_value_info("z", onnx.TensorProto.STRING, ["N"]))
+    for each, what in ((mapped, "a sequence"), (text, "a tensor of text")):
+        with pytest.raises(ModelError, match=f"output 'z' is {what}, and only tensors of numbers"):
+            quantize(each, DRAW(16, 4))
+
+
+def test_arguments_of_another_kind_are_refused() -> None:
+    model = MODELS["gemm without bias"]
+    cases: tuple[dict[str, Any], ...] = ({"plan": 3}, {"config": {"threads": 1}}, {"phases": 3}, {"output": b"m.onnx"})
+    for wrong in cases:
+        (name,) = wrong
+        with pytest.raises(UsageError, match=rf"{name} is a \w+; give a"):
+            quantize(model, samples(model), **wrong)
+
+
+def test_names_of_outputs_leave_room_for_a_checkpoint(tmp_path: Path) -> None:
+    model = MODELS["gemm without bias"]
+    with pytest.raises(OutputError, match="cannot be written"):
+        quantize(model, samples(model), tmp_path / f"{'n' * 244}.onnx", threads=1)
+
+
+def test_a_caller_that_computes_in_fewer_bits_changes_nothing() -> None:
+    model = MODELS["gemm without bias"]
+    plain = quantize(model, samples(model), threads=1).model
+    with torch.autocast("cpu", torch.bfloat16):
+        found = quantize(model, samples(model), threads=1).model
+        assert torch.is_autocast_enabled("cpu")
+    assert found == plain
+
+
+@pytest.mark.parametrize("method", ["brecq", "qdrop"])
+def test_integers_that_go_from_block_to_block_are_learned_beside(method: str) -> None:
+    text = """(int64[N,5] i, float[N,5,4] x) => (float[N,5,3] y) {
+      e = Gather(table, i) a = Add(e, x) h = MatMul(a, w) r = Relu(h) g = Gather(other, i) b = Add(r, g) y = MatMul(b, v) }"""
+    model = parse(text, table=DRAW(9, 4), other=DRAW(9, 8), w=DRAW(4, 8), v=DRAW(8, 3))
+    data = {"i": np.random.default_rng(0).integers(0, 9, (48, 5)), "x": DRAW(48, 5, 4)}
+    report = quantize(model, data, method=method, steps=4, threads=1).report
+    assert report.learning is not None
+    assert report.learning.steps
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -386,6 +386,15 @@ def test_layers_between_normalizations_read_integers():
     assert {"a_square", "a_power", "a_size"} <= set(plan.floats)
 
 
+def test_layers_before_a_normalization_write_integers():
+    """One that no pass makes an operator, by root mean square: else ONNX Runtime would run `c` in float."""
+    text = "e = Conv(a, w1)\n" + unit("e", "f") + "c = Conv(f, w2)\n" + unit("c", "g") + "y = Conv(g, w3)"
+    shapes = {name: W(4, 4, 1, 1) for name in ("w1", "w2", "w3")}
+    plan = make_plan(raw(body(text, **shapes, channels=i64(1))), ORT_TARGET)
+    assert {"e", "c"} <= set(plan)
+    assert {"e_square", "e_power", "c_size"} <= set(plan.floats)
+
+
 def test_a_last_layer_before_a_softmax_in_pieces_reads_integers():
     """All of its result goes through the Exp, but layers before it do not."""
     text = unit("a", "e") + "c = Conv(e, w1)  p = Exp(c)  t = ReduceSum <keepdims=1> (p, channels)  y = Div(p, t)"

@@ -1,6 +1,7 @@
 """Every pass finds its pattern, settles in one run, and never changes what the model computes."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -232,11 +233,54 @@ for lines in (
     + "q = Mul(d, d)\n v = ReduceMean(q, ax)\n e = Add(v, eps)\n s = Sqrt(e)\n r = Reciprocal(s)\n n = Mul(d, r)\n"
     " g = Mul(n, ga)\n y = Add(g, be)",
 ):
-    example("fuse_layernorm", S + "{" + lines + "}", "LayerNormalization",
+    example("fuse_normalizations", S + "{" + lines + "}", "LayerNormalization",
             ax=vec(-1), two=one(2), eps=one(1e-3), ga=rand(6), be=rand(6))  # fmt: skip
-example("fuse_layernorm", "(float[N,5,H] x) => (float[N,5,H] y) {" + MEANS
+example("fuse_normalizations", "(float[N,5,H] x) => (float[N,5,H] y) {" + MEANS
         + "q = Mul(d, d)\n v = ReduceMean(q, ax)\n e = Add(v, eps)\n s = Sqrt(e)\n n = Div(d, s)\n y = Mul(n, ga) }",
         "LayerNormalization", ax=vec(-1), eps=one(1e-3), ga=rand(64))  # fmt: skip
+
+SPREAD = "q = Mul(d, d)\n v = ReduceMean(q, ax)\n e = Add(v, eps)\n s = Sqrt(e)\n r = Reciprocal(s)\n"
+FORMS = {  # from MEANS and SPREAD, or from x; gamma and beta are ga and be
+    "keras": MEANS
+    + SPREAD
+    + "k = Mul(r, ga)\n i = Mul(x, k)\n n = Neg(m)\n j = Mul(n, k)\n c = Add(j, be)\n y = Add(i, c)",
+    "flax": "m = ReduceMean(x, ax)\n p = Mul(x, x)\n w = ReduceMean(p, ax)\n u = Mul(m, m)\n q = Sub(w, u)\n"
+    " v = Max(q, none)\n e = Add(v, eps)\n s = Sqrt(e)\n r = Div(o, s)\n k = Mul(r, ga)\n d = Sub(x, m)\n"
+    " z = Mul(d, k)\n y = Add(z, be)",
+    "sums": "a = ReduceSum<keepdims = 0>(x, ax)\n b = Mul(a, part)\n m = Unsqueeze(b, ax)\n d = Sub(x, m)\n q = Mul(d, d)\n"
+    " t = ReduceSum<keepdims = 0>(q, ax)\n b2 = Mul(t, part)\n v = Unsqueeze(b2, ax)\n e = Add(v, eps)\n r = Pow(e, root)\n"
+    " n = Mul(d, r)\n g = Mul(n, ga)\n y = Add(g, be)",
+    "plain": MEANS + SPREAD + "y = Mul(d, r)",
+    "and more behind": MEANS
+    + SPREAD
+    + "n = Mul(d, r)\n g = Mul(n, ga)\n f = Add(g, be)\n h = Mul(f, two)\n y = Add(h, places)",
+}
+SHARED = {"ax": vec(-1), "eps": one(1e-3), "ga": rand(6), "be": rand(6), "o": one(1), "none": one(0), "part": one(1 / 6),
+          "root": one(-0.5), "two": one(2), "places": rand(1, 5, 6)}  # fmt: skip
+for form, lines in FORMS.items():
+    used = {name: value for name, value in SHARED.items() if re.search(rf"\b{name}\b", lines)}
+    example(
+        "fuse_normalizations",
+        S + "{" + lines + "}",
+        "LayerNormalization" + " Add" * (form == "and more behind"),
+        **used,
+    )
+GROUPS = MEANS + SPREAD + "k = Mul(r, ga)\n i = Mul(z, k)\n n = Neg(m)\n j = Mul(n, k)\n o = Add(j, be)\n w = Add(i, o)"
+example("fuse_normalizations", "(float[N,4,6,6] x) => (float[N,4,6,6] y) { z = Reshape(x, split)\n"
+        + re.sub(r"\bx\b", "z", GROUPS) + "\n y = Reshape(w, whole) }", "Reshape InstanceNormalization Mul Add Reshape",
+        split=vec(-1, 2, 2, 6, 6), whole=vec(-1, 4, 6, 6), ax=vec(2, 3, 4), eps=one(1e-3), ga=rand(1, 2, 2, 1, 1),
+        be=rand(1, 2, 2, 1, 1))  # fmt: skip
+example("fuse_normalizations", "(float[N,4,6,6] z) => (float[N,4,6,6] w) {" + re.sub(r"\bx\b", "z", GROUPS) + "}",
+        "InstanceNormalization", ax=vec(2, 3), eps=one(1e-3), ga=rand(4, 1, 1), be=rand(4, 1, 1))  # fmt: skip
+example("fuse_normalizations", "(float[N,4,6,6] z) => (float[N,4,6,6] w) {" + re.sub(r"\bx\b", "z", GROUPS) + "}",
+        "LayerNormalization", ax=vec(2, 3), eps=one(1e-3), ga=rand(6, 6), be=rand(6, 6))  # fmt: skip
+
+# over the channels in front, as layouts are turned around; over groups of channels behind
+example("fuse_normalizations", "(float[N,4,6,6] z) => (float[N,4,6,6] w) {" + re.sub(r"\bx\b", "z", GROUPS) + "}",
+        "Transpose LayerNormalization Transpose", ax=vec(1), eps=one(1e-3), ga=rand(4, 1, 1), be=rand(4, 1, 1))  # fmt: skip
+example("fuse_normalizations", "(float[N,5,6,2,4] z) => (float[N,5,6,2,4] w) {" + re.sub(r"\bx\b", "z", GROUPS) + "}",
+        "Transpose InstanceNormalization Transpose Mul Add", ax=vec(1, 2, 4), eps=one(1e-3), ga=rand(2, 4),
+        be=rand(2, 4))  # fmt: skip
 
 example("merge_reshapes", "(float[N,3,4] x) => (float[N,12] y) { a = Unsqueeze(x, ax)\n b = Squeeze(a, ax)\n"
         " c = Reshape(b, s)\n y = Reshape(c, t) }", "Reshape", ax=vec(1), s=vec(-1, 6, 2), t=vec(-1, 12))  # fmt: skip
@@ -557,7 +601,6 @@ UNTOUCHED = {
     "a mask that is scaled": "(float[N,3] x, float[3,4] v) => (float[N,4] y) { y = Gemm<beta = 0.5>(x, v, ruled) }",
     "a mask in an Add": GEMM4 + "{ a = Gemm<transB = 1>(x, w43)\n y = Add(a, ruled) }",
     "random numbers": V + "{ a = RandomNormalLike<seed = 1.0>(v4)\n b = Mul(a, z0)\n y = Add(x, b) }",
-    "a quantized weight": V + "{ q = DequantizeLinear(codes, scale)\n y = MatMul(x, q) }",
     "another domain's Relu": V.replace("x)", "x)") + "{ a = com.microsoft.Gelu(x)\n y = Relu(a) }",
 }
 CONSTANTS = dict(

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_eptq import graph as og
 from onnx_eptq.graph import constant, is_op
-from onnx_eptq.prepare import constants, layout, linear, patterns, precision
+from onnx_eptq.prepare import constants, layout, linear, normalization, patterns, precision
 from onnx_eptq.prepare.edit import shorten
 from onnx_eptq.prepare.opset import OPSET, to_opset
 
@@ -30,7 +30,7 @@ PASSES: dict[str, Pass] = {  # in the order in which they run
         constants.fold_constants,
         constants.fold_shapes,
         patterns.fuse_activations,
-        patterns.fuse_layernorm,
+        normalization.fuse_normalizations,
         layout.merge_reshapes,
         layout.use_flatten,
         layout.merge_transposes,

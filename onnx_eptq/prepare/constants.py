@@ -151,7 +151,7 @@ def remove_noops(graph: gs.Graph) -> int:
 
 _UNFOLDABLE = {
     *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"),
-    *("If", "Loop", "Scan", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Constant"),
+    *("If", "Loop", "Scan", "QuantizeLinear", "DynamicQuantizeLinear", "Constant"),
 }
 
 
@@ -170,7 +170,8 @@ def fold_constants(graph: gs.Graph) -> int:
         if key not in done:
             results = _evaluate(node, graph.opset)
             limit = max(_FOLDED_BYTES, sum(v.nbytes for v in values if v is not None))
-            if results is None or sum(r.nbytes for r in results) > limit:
+            restored = node.op == "DequantizeLinear"  # of a weight, which is stored in integers again
+            if results is None or (sum(r.nbytes for r in results) > limit and not restored):
                 continue
             done[key] = [constant(t.name, r) for t, r in zip(node.outputs, results, strict=False)]
         for tensor, folded in zip(list(node.outputs), done[key], strict=False):

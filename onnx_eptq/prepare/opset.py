@@ -216,6 +216,11 @@ def _raise_opset(graph: gs.Graph, opset: int) -> None:
         old = inputs.get(tensor.name) or outputs[tensor.name]
         if isinstance(tensor, gs.Variable):
             tensor.dtype, tensor.shape, tensor.type = old.dtype, old.shape, old.type
+    known = graph.tensors()  # what operators of other domains make has no type any more
+    for tensor in new.tensors().values():
+        old = known.get(tensor.name)
+        if isinstance(tensor, gs.Variable) and isinstance(old, gs.Variable) and tensor.dtype is None:
+            tensor.dtype, tensor.shape = old.dtype, old.shape
     for node in [node for scope in og.scopes(graph) for node in scope.nodes]:
         node.inputs.clear()  # else the kept weights would count them as readers
     for name, kept in og.extras(graph).nodes.items():

@@ -1,4 +1,4 @@
-"""Passes: activations and normalisations that exporters write in pieces become the operators they are."""
+"""Pass: activations that exporters write in pieces become the operators they are."""
 
 import math
 from collections.abc import Callable
@@ -10,18 +10,13 @@ import onnx_graphsurgeon as gs
 from onnx_eptq.graph import array, is_op
 from onnx_eptq.prepare.edit import (
     Array,
-    axes_of,
-    const_at,
-    constant_operand,
     mutate,
-    new_constant,
     producer,
-    rank_of,
     same_dims,
 )
 
 _ERF = np.vectorize(math.erf, otypes=[np.float64])
-_SCALAR_FUNCTIONS: dict[str, Callable[..., Array]] = {
+SCALAR_FUNCTIONS: dict[str, Callable[..., Array]] = {
     "Add": np.add,
     "Sub": np.subtract,
     "Mul": np.multiply,
@@ -77,7 +72,7 @@ def _scalar_cone(node: gs.Node, limit: int = 12) -> list[gs.Node]:
     cone = [node]
     for current in cone:
         for tensor in current.inputs:
-            maker = producer(tensor, *_SCALAR_FUNCTIONS)
+            maker = producer(tensor, *SCALAR_FUNCTIONS)
             if maker is not None and len(cone) < limit and all(maker is not n for n in cone):
                 cone.append(maker)
     return cone
@@ -114,102 +109,10 @@ def _on_grid(tensor: gs.Tensor, source: gs.Tensor, depth: int, numbers: list[Arr
             return None
         numbers.append(values.astype(np.float64).reshape(()))
         return numbers[-1]
-    node = producer(tensor, *_SCALAR_FUNCTIONS) if depth else None
+    node = producer(tensor, *SCALAR_FUNCTIONS) if depth else None
     if node is None or any(not t.name for t in node.inputs):
         return None
     inputs = [_on_grid(t, source, depth - 1, numbers) for t in node.inputs]
     if any(i is None for i in inputs):
         return None
-    return np.asarray(_SCALAR_FUNCTIONS[node.op](*inputs, **node.attrs))
-
-
-def fuse_layernorm(graph: gs.Graph) -> int:
-    """Replace nodes that normalize over the last axis by LayerNormalization (PyTorch's and TensorFlow's order)."""
-    changes = 0
-    for root in [node for node in graph.nodes if is_op(node, "Sqrt")]:
-        spread = _normalized(root)
-        if spread is None:
-            continue
-        source, mean, centred, epsilon = spread
-        for end, gamma, beta in _ends(root, source, mean, centred):
-            size, last = gamma.shape[-1], (source.shape or [None])[-1]
-            fits = size == last or (size > 1 and not isinstance(last, int))  # one element alone would be nothing but 0
-            if fits and gamma.ndim == 1 and (beta is None or beta.shape == gamma.shape):
-                inputs = [
-                    source,
-                    *(new_constant(graph, end.name, np.array(v)) for v in (gamma, beta) if v is not None),
-                ]
-                mutate(end, "LayerNormalization", inputs, {"axis": -1, "epsilon": epsilon})
-                changes += 1
-                break
-    return changes
-
-
-def _normalized(root: gs.Node) -> tuple[gs.Tensor, gs.Tensor, gs.Tensor, float] | None:
-    """Return input, mean, input - mean and epsilon if the node computes the standard deviation over the last axis."""
-    added = producer(root.inputs[0], "Add")
-    operand = None if added is None else constant_operand(added)
-    variance = None if operand is None or operand[1].size != 1 else _mean_input(operand[0])
-    square = producer(variance, "Mul", "Pow")
-    if square is None or operand is None:
-        return None
-    exponent = const_at(square, 1)
-    squares = square.inputs[0] is square.inputs[1] if square.op == "Mul" else (exponent is not None and exponent == 2)
-    difference = producer(square.inputs[0], "Sub")
-    if not squares or difference is None or _mean_input(difference.inputs[1]) is not difference.inputs[0]:
-        return None
-    return difference.inputs[0], difference.inputs[1], square.inputs[0], float(operand[1].reshape(-1)[0])
-
-
-def _mean_input(tensor: gs.Tensor) -> gs.Tensor | None:
-    """Return what the tensor is the mean of over the last axis (kept as size 1), or None."""
-    node = producer(tensor, "ReduceMean", "GlobalAveragePool")
-    rank = None if node is None else rank_of(node.inputs[0])
-    if node is None or rank is None:
-        return None
-    if node.op == "GlobalAveragePool":
-        return node.inputs[0] if rank == 3 else None
-    last = node.attrs.get("keepdims", 1) and axes_of(node, 1, rank, ()) == [rank - 1]
-    return node.inputs[0] if last else None
-
-
-def _ends(
-    root: gs.Node, source: gs.Tensor, mean: gs.Tensor, centred: gs.Tensor
-) -> list[tuple[gs.Node, Array, Array | None]]:
-    """Return the nodes that end the normalization, each with gamma and beta."""
-    inverse = next((n for n in root.outputs[0].outputs if is_op(n, "Reciprocal")), None)
-    found: list[tuple[gs.Node, Array, Array | None]] = []
-    if inverse is not None:
-        for scaled in inverse.outputs[0].outputs:
-            operand = constant_operand(scaled) if is_op(scaled, "Mul") else None
-            if operand is not None:
-                found += _tensorflow_end(scaled.outputs[0], operand[1], source, mean)
-    divisor = root if inverse is None else inverse
-    for unit in divisor.outputs[0].outputs:
-        if is_op(unit, "Div" if inverse is None else "Mul") and any(t is centred for t in unit.inputs):
-            found += _torch_end(unit)
-    return found
-
-
-def _torch_end(unit: gs.Node) -> list[tuple[gs.Node, Array, Array | None]]:
-    scaled = unit.outputs[0].outputs[0] if len(unit.outputs[0].outputs) == 1 else None
-    operand = constant_operand(scaled) if scaled is not None and is_op(scaled, "Mul") else None
-    if scaled is None or operand is None:
-        return []
-    shifted = scaled.outputs[0].outputs[0] if len(scaled.outputs[0].outputs) == 1 else None
-    shift = constant_operand(shifted) if shifted is not None and is_op(shifted, "Add") else None
-    return [(scaled, operand[1], None)] if shifted is None or shift is None else [(shifted, operand[1], shift[1])]
-
-
-def _tensorflow_end(
-    scale: gs.Tensor, gamma: Array, source: gs.Tensor, mean: gs.Tensor
-) -> list[tuple[gs.Node, Array, Array | None]]:
-    """Match source * scale + (beta - mean * scale)."""
-    products = {id(t): n.outputs[0] for n in scale.outputs if is_op(n, "Mul") for t in n.inputs if t is not scale}
-    left, right = products.get(id(source)), products.get(id(mean))
-    for offset in [] if right is None else right.outputs:
-        beta = const_at(offset, 0) if is_op(offset, "Sub") else None
-        for end in [] if beta is None else offset.outputs[0].outputs:
-            if is_op(end, "Add") and {id(t) for t in end.inputs} == {id(left), id(offset.outputs[0])}:
-                return [(end, gamma, beta)]
-    return []
+    return np.asarray(SCALAR_FUNCTIONS[node.op](*inputs, **node.attrs))
