@@ -30,7 +30,8 @@ LOG = logging.getLogger(__name__)
 OPSETS = range(7, 26)
 # Younger than the opset that graphs are brought to; their parts are not.
 _COMPOSED = ("Attention", "RMSNormalization", "RotaryEmbedding", "Swish")
-_SHAPE_KEEPERS = ("Scaler", "Normalizer", "Imputer", "Binarizer")
+# Of ai.onnx.ml; not Normalizer, which ONNX Runtime computes in place, wrongly, where it knows the shape.
+_SHAPE_KEEPERS = ("Scaler", "Imputer", "Binarizer")
 STANDARD_DOMAINS = (None, "", "ai.onnx")
 HUGE = 1e3  # no score comes near: numbers of this size among small ones are a mask
 PROTOBUF_LIMIT = 2**31 - 2**20  # protobuf refuses 2 GiB; the rest is room for the nodes
@@ -681,7 +682,7 @@ def _keep_shape(node: gs.Node) -> bool:
     if node.domain != "ai.onnx.ml" or node.op not in _SHAPE_KEEPERS or node.outputs[0].shape is not None:
         return False
     node.outputs[0].shape = node.inputs[0].shape
-    node.outputs[0].dtype = np.float32 if node.op in ("Scaler", "Normalizer") else node.inputs[0].dtype
+    node.outputs[0].dtype = np.float32 if node.op == "Scaler" else node.inputs[0].dtype
     return node.outputs[0].shape is not None and node.outputs[0].dtype is not None
 
 

@@ -408,7 +408,7 @@ def check_values(graph: gs.Graph) -> None:
             raise ModelError(f"'{tensor.name}' is {tensor.dtype}; convert the model to float32, or export it again so")
         if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32 and np.isnan(tensor.values).any():
             raise ModelError(f"the constant '{tensor.name}' holds NaN; export the model again from sound weights")
-    for tensor in graph.outputs:
+    for tensor in (each for each in graph.outputs if isinstance(each, gs.Variable)):
         numbers = tensor.dtype is None or (not isinstance(tensor.dtype, int) and np.dtype(tensor.dtype).kind in "biuf")
         if tensor.type != "tensor_type" or not numbers:
             what = "a tensor of text" if tensor.type == "tensor_type" else f"a {tensor.type.removesuffix('_type')}"

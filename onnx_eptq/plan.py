@@ -489,39 +489,68 @@ def _is_affine(node: gs.Node) -> bool:
 
 def _passes_columns(node: gs.Node) -> bool:
     """Whether what evens out columns may lie on both sides of a node."""
-    picks = node.domain == "ai.onnx.ml" and node.op == "ArrayFeatureExtractor"
-    return picks or role_of(node) in ("same_grid", "clamp", "join") or is_op(node, "Cast")
+    if is_op(node, "Where"):  # a number in place of what is missing
+        return any(map(is_constant, node.inputs[1:]))
+    return _picks_columns(node) or role_of(node) in ("same_grid", "clamp") or is_op(node, "Cast", "Concat")
 
 
-def _scaling(tensor: gs.Tensor, outputs: set[int], depth: int = 0) -> set[int] | None:
-    """The nodes that read a value, on every way to the last that scales or shifts it; None where one way has none.
+def _picks_columns(node: gs.Node) -> bool:
+    """Whether a node takes columns out of many."""
+    tables = node.domain == "ai.onnx.ml" and node.op == "ArrayFeatureExtractor"
+    return tables or is_op(node, "Split", "Slice", "Gather")
 
-    Columns may be taken apart first; a way ends, too, where they become integers or truth values, as those of categories do.
-    """
-    if id(tensor) in outputs or not tensor.outputs or depth > DEEPEST:
-        return None
-    found: set[int] = set()
-    for reader in tensor.outputs:
-        if role_of(reader) == "untouched" and not is_float(reader.outputs[0]):
-            continue
-        if not (_is_affine(reader) or _passes_columns(reader)):
+
+class _Ways:
+    """The ways that the columns of an input go, through nodes that pass them on, to the nodes that scale or shift them."""
+
+    def __init__(self, outputs: set[int]) -> None:
+        self.outputs = outputs
+        self.known: dict[tuple[int, bool], set[int] | None] = {}
+
+    def scaling(self, tensor: gs.Tensor, every: bool = False) -> set[int] | None:
+        """The nodes on ways that scale, to the last that does; with `every`, None where another way leads elsewhere.
+
+        A way ends, too, where columns become integers or truth values, as those of categories do, and where nobody reads.
+        """
+        key = id(tensor), every
+        if key not in self.known:
+            self.known[key] = self._scaling(tensor, every)
+        return self.known[key]
+
+    def _scaling(self, tensor: gs.Tensor, every: bool) -> set[int] | None:
+        if id(tensor) in self.outputs:
             return None
-        behind = [_scaling(value, outputs, depth + 1) for value in reader.outputs if value.name]
-        if None in behind and not _is_affine(reader):
-            return None
-        found.add(id(reader))
-        found.update(*(nodes for nodes in behind if nodes is not None))
-    return found
+        found: set[int] = set()
+        beside: set[int] = set()  # what is picked goes its own way, on a grid of its own; questions need no grid
+        for reader in tensor.outputs:
+            asks = role_of(reader) == "untouched" and not is_float(reader.outputs[0])
+            behind = [value for value in reader.outputs if value.name and (value.outputs or id(value) in self.outputs)]
+            if _is_affine(reader):
+                found |= {id(reader)} | (self.scaling(reader.outputs[0], True) or set())
+            elif _passes_columns(reader) and not asks:
+                ways = [self.scaling(value, every) for value in behind]
+                if every and not all(ways):
+                    return None
+                if any(ways):
+                    found |= {id(reader)}.union(*(nodes or () for nodes in ways))
+                elif _picks_columns(reader):
+                    beside.add(id(reader))
+            elif every and not asks:
+                return None
+            elif asks:
+                beside.add(id(reader))
+        return found | beside if found else found
 
 
 def _column_scalers(graph: gs.Graph) -> dict[int, str]:
     """Nodes that bring the columns of an uneven input to one scale, or give an output's columns theirs; with the reason."""
     outputs = {id(tensor) for tensor in graph.outputs}
     biases = {id(layer.bias_node) for layer in linear_layers(graph)}
+    ways = _Ways(outputs)
     found: dict[int, str] = {}
     for tensor in graph.inputs:
         if tensor.name in extras(graph).uneven:
-            found |= dict.fromkeys(_scaling(tensor, outputs) or (), f"evens out the columns of '{tensor.name}'")
+            found |= dict.fromkeys(ways.scaling(tensor) or (), f"evens out the columns of '{tensor.name}'")
     for tensor in graph.outputs:
         reason, chain = f"gives the columns of '{tensor.name}' their scales", list[gs.Node]()
         while tensor.name in extras(graph).uneven or chain:

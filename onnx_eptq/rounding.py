@@ -47,6 +47,9 @@ class LearnedScale(nn.Module):
     @property
     def scale(self) -> Tensor:
         """The scale in use, positive by construction."""
+        return self._learned()
+
+    def _learned(self) -> Tensor:  # a property of a base class is beyond what torch.compile traces
         return self.base * torch.exp(self.log_factor)
 
     @property
@@ -71,7 +74,7 @@ class ActivationQuantizer(LearnedScale):
     def scale(self) -> Tensor:
         """The scale in use; where the grid must reach, it never shrinks much below what calibration may choose."""
         least = 0.9 * self.point.least_scale
-        return super().scale.clamp(min=least) if least else super().scale
+        return self._learned().clamp(min=least) if least else self._learned()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x on the grid, as far as `share` says."""

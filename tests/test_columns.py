@@ -87,6 +87,9 @@ APART = {
     "scaled as tables are": "z = ai.onnx.ml.Scaler <offset=[0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0], scale=SCALE> (x)",
     "beside categories": "l = Gather <axis=1> (x, right) i = Cast <to=7> (l) k = Cast <to=1> (i) o = Mul(k, nothing)"
     " m = Mul(x, by) p = Concat <axis=1> (o, o) z = Add(m, p)",
+    "beside a part that nobody reads": "k = Concat <axis=1> (x, x) l, u = Split <axis=1> (k, eights) z = Mul(l, by)",
+    "beside a part as it is": "l, r = Split <axis=1> (x, one_seven) m = Mul(r, by_seven) z = Concat <axis=1> (l, m)",
+    "with numbers for what is missing": "n = IsNaN(x) l = Where(n, nothing, x) z = Mul(l, by)",
     "beside bins": "l = Gather <axis=1> (x, right) i = Less(l, sd_r) k = Cast <to=1> (i) o = Mul(k, nothing)"
     " m = Mul(x, by) p = Concat <axis=1> (o, o) z = Add(m, p)",
 }
@@ -96,6 +99,7 @@ APART = {
 def test_columns_that_are_scaled_apart_keep_what_each_of_them_says(front: str) -> None:
     constants = {
         **{name: CONSTANTS[name] for name in ("w", "b", "v")}, "by": 1 / SCALES, "by_l": 1 / SCALES[:4], "sd_r": SCALES[4:],
+        "eights": np.array([8, 8]), "one_seven": np.array([1, 7]), "by_seven": 1 / SCALES[1:],
         "left": np.arange(4), "right": np.arange(4, 8), "nothing": f32(0),
     }  # fmt: skip
     text = APART[front].replace("SCALE", str([round(float(1 / scale), 9) for scale in SCALES]))

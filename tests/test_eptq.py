@@ -154,6 +154,18 @@ def test_plain_rounding_is_judged_with_its_own_scales():
     assert first.distances["rtn"] == second.distances["rtn"]
 
 
+def test_learning_begins_with_the_state_that_the_method_begins_with():
+    found = case("gemm")
+    problem = models.problem(found, "eptq-v2", steps=1)
+    problem.begun = {key: value.clone() for key, value in found.student.state_dict().items()}
+    scale = next(key for key, value in problem.begun.items() if "scale" in key and value.is_floating_point())
+    problem.begun[scale] *= 1.25
+    learner = Learner(problem, found.student)
+    learner._start()
+    torch.testing.assert_close(found.student.state_dict()[scale], problem.begun[scale])
+    assert learner.learning.distances.keys() == {"rtn"}
+
+
 STEPS = {"adaround": 400, "brecq": 400, "qdrop": 400}  # rates of these methods are made for many
 
 
@@ -953,6 +965,21 @@ def test_checks_are_not_closer_than_they_are_worth(monkeypatch):
     monkeypatch.setattr(Learner, "_check", lambda learner, running, stage: checks.append(learner.step))
     list(Learner(models.problem(found, "eptq", steps=24), found.student))
     assert checks == [5, 10, 5, 10]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_steps_are_compiled_in_one_piece():
+    """A break would compile every quantizer alone, which is slower than not to compile."""
+    found = case("gemm")
+    learner = Learner(models.problem(found, "eptq", steps=1), found.student)
+    list(learner)
+    running = eptq._Piece(
+        learner.problem, found.student, learner.problem.method.stages[0],
+        pieces.pieces(found.graph, learner.problem.layers, "network", set())[0], True,
+        *[dict(zip((tensor.name for tensor in found.graph.inputs), learner.problem.samples, strict=True))] * 2, set(),
+    )  # fmt: skip
+    assert torch._dynamo.explain(running.student)(*running.inputs(torch.arange(8))).graph_break_count == 0
 
 
 @pytest.mark.slow

@@ -548,6 +548,23 @@ def test_weights_that_are_stored_in_integers_are_restored_first() -> None:
     assert report.fidelity.sqnr_db["y"] > 35
 
 
+def test_declared_types_of_other_domains_outlive_the_conversion_of_the_opset() -> None:
+    text = "(float[N,4] x) => (float[N,3] y) { s = com.microsoft.QuickGelu(x) h = MatMul(s, w) y = Add(h, b) }"
+    model = parse(text, w=DRAW(4, 3), b=DRAW(1, 3))
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    model.graph.value_info.append(onnx.helper.make_tensor_value_info("s", onnx.TensorProto.FLOAT, ["N", 4]))
+    found = quantize(model, DRAW(64, 4), weight_bits=8, threads=1).model
+    assert [node.op_type for node in found.graph.node if node.op_type in ("MatMul", "Add", "Gemm")] == ["Gemm"]
+
+
+def test_constants_that_are_outputs_come_through() -> None:
+    model = parse(
+        "(float[N,4] x) => (float[N,3] y, float[2] anchors) { y = MatMul(x, w) }", w=DRAW(4, 3), anchors=f32(1, 2)
+    )
+    found = quantize(model, DRAW(64, 4), weight_bits=8, threads=1).model
+    assert [value.name for value in found.graph.output] == ["y", "anchors"]
+
+
 @pytest.mark.parametrize("given", ["declared", "unknown"])
 def test_layers_behind_scalers_of_tables_keep_their_biases(given: str) -> None:
     text = """(float[N,4] x) => (float[N,3] y) { s = ai.onnx.ml.Scaler <offset=[0.1], scale=[2.0]> (x)

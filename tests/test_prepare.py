@@ -150,6 +150,8 @@ example("use_float32", V + "{ g = ReduceSum<keepdims = 0>(x)\n c = Greater(g, o)
         "then_branch = t () => (float16[N,4] u) { u = Mul(a, d) }, else_branch = e () => (float16[N,4] v) {"
         " k = Cast<to = 11>(a)\n l = Neg(k)\n v = Cast<to = 10>(l) }>\n y = Cast<to = 1>(b) }", "ReduceSum Greater Cast If Cast",
         d=HALF, o=one(0))  # fmt: skip
+example("use_float32", "(float16[N,6,6,3] x) => (float16[N,4,A,B] y) { t = Transpose<perm = [0, 3, 1, 2]>(x)\n"
+        " a = Neg(t)\n y = Conv(a, w) }", "Cast Transpose Neg Conv Cast", w=rand(4, 3, 3, 3).astype(np.float16))  # fmt: skip
 example("use_float32", V + "{ e = EyeLike<dtype = 11>(x)\n a = Cast<to = 1>(e)\n y = Add(x, a) }", "EyeLike Cast Add")
 
 example("remove_noops", V + "{ a = Relu(x)\n y = Identity(a) }", "Relu")
@@ -514,6 +516,51 @@ example("split_biases", IMAGE.replace("3,8,8", "4,8,8") + "{ a = Conv(x, w, b)\n
 example("split_weights", V + "{ a = MatMul(x, w)\n y = Gemm<transB = 1>(a, w) }", "MatMul Gemm", w=rand(4, 4))
 example("split_weights", V + "{ a = MatMul(x, w)\n g = Gather(w, i)\n y = Add(a, g) }", "MatMul Gather Add",
         w=rand(4, 4), i=np.int64(1))  # fmt: skip
+
+
+NO_NORMALIZATIONS = {
+    "clipped": FORMS["sums"].replace("y =", "u =") + "\n c = Min(u, two)\n y = Max(c, low)",
+    "clipped, of the mean": "m = ReduceMean(x, ax)\n c = Max(m, low)\n d = Sub(x, c)\n" + SPREAD + "y = Mul(d, r)",
+    "rectified": FORMS["keras"].replace("y =", "u =") + "\n h = Add(u, two)\n y = Relu(h)",
+    "with a floor": FORMS["flax"].replace("none", "part"),
+    "of the root mean square": "q = Mul(x, x)\n v = ReduceMean(q, ax)\n e = Add(v, eps)\n s = Sqrt(e)\n y = Div(x, s)",
+    "unbiased": MEANS + "q = Mul(d, d)\n t = ReduceSum(q, ax)\n v = Mul(t, fifth)\n e = Add(v, eps)\n s = Sqrt(e)\n"
+    " y = Div(d, s)",
+    "with an epsilon outside": MEANS + "q = Mul(d, d)\n v = ReduceMean(q, ax)\n e = Add(v, eps)\n s = Sqrt(e)\n t = Add(s, eps)\n"
+    " y = Div(d, t)",
+    "with two": MEANS + "q = Mul(d, d)\n v = ReduceMean(q, ax)\n e = Add(v, eps)\n f = Add(e, eps)\n s = Sqrt(f)\n y = Div(d, s)",
+    "squared": FORMS["plain"].replace("y =", "u =") + "\n y = Mul(u, u)",
+    "times a function of x": FORMS["plain"].replace("y =", "u =") + "\n h = Tanh(x)\n y = Mul(u, h)",
+}  # fmt: skip
+SOURCES = {"open": "(float[N,5,6] x) => (float[N,5,6] y)", "one sample": "(float[1,1,6] x) => (float[1,1,6] y)"}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("form", NO_NORMALIZATIONS)
+def test_what_is_no_normalization_computes_the_same(form: str, source: str) -> None:
+    """On samples of every size, and on such as hold one large number among small ones."""
+    lines = NO_NORMALIZATIONS[form]
+    numbers = {**SHARED, "fifth": one(0.2), "low": one(-0.5)}
+    used = {name: value for name, value in numbers.items() if re.search(rf"\b{name}\b", lines)}
+    model = build(SOURCES[source] + "{" + lines + "}", **used)
+    graph = og.load(model)
+    prepare(graph)
+    rng = np.random.default_rng(0)
+    for scale in (1e-3, 0.03, 1.0, 30.0):
+        x = (
+            scale * rng.standard_normal((1 if source == "one sample" else 4, 1 if source == "one sample" else 5, 6))
+        ).astype(np.float32)
+        x[..., 0] *= 10
+        (before,), (after,) = run(model, {"x": x}), run(og.to_model(graph), {"x": x})
+        np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4 * np.abs(before).max())
+
+
+def test_gammas_that_expand_what_was_normalized_stay_behind_it() -> None:
+    lines = FORMS["plain"].replace("y =", "u =") + "\n y = Mul(u, wide)"
+    graph = prepared(
+        build("(float[N,1,6] x) => (float[N,5,6] y) {" + lines + "}", wide=rand(5, 1), ax=vec(-1), eps=one(1e-3))
+    )
+    assert ops(graph) == ["LayerNormalization", "Mul"]
 
 
 GELUS = {

@@ -2,7 +2,8 @@
 
 `prepare` raises the opset, then runs the rewrites of `PASSES` until none of them finds anything. Every pass takes a
 graph whose shapes are inferred, edits it in place and returns how many changes it made. Names, shapes and types of the
-graph's inputs and outputs never change. Only the top-level graph is rewritten, never the body of an If or a Loop.
+graph's inputs and outputs never change. Only the top-level graph is rewritten, never the body of an If or a Loop, but
+for the type that it computes in.
 """
 
 import logging

@@ -41,8 +41,8 @@ LOG = logging.getLogger(__name__)
 FAR = 8.0  # times its range: from so far from zero on, a column is shifted
 _LEAST = -1e30  # stands for minus infinity
 _COLUMNWISE = (
-    "BatchNormalization", "Add", "Sub", "Mul", "Div", "Clip", "Min", "Max", "Cast", "Concat", "Reshape", "Flatten", "Squeeze",
-    "Unsqueeze", "Transpose", "Slice", "Gather",
+    "BatchNormalization", "Add", "Sub", "Mul", "Div", "Clip", "Min", "Max", "Cast", "Concat", "Split", "Where", "Reshape",
+    "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Gather",
 )  # fmt: skip
 
 

@@ -25,16 +25,18 @@ from onnx_eptq.prepare.edit import (
 )
 from onnx_eptq.prepare.patterns import SCALAR_FUNCTIONS
 
+_LINEAR = ("Add", "Sub", "Mul", "Div", "Neg", "Identity")  # of which affine functions are made
 _ELEMENTWISE: dict[str, Callable[..., Array]] = {
-    **{op: SCALAR_FUNCTIONS[op] for op in ("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Min", "Max", "Identity", "Relu")},
-    "Abs": np.abs,
+    **{op: SCALAR_FUNCTIONS[op] for op in (*_LINEAR, "Pow", "Max", "Relu")},
     "Sqrt": np.sqrt,
     "Reciprocal": np.reciprocal,
 }
+_BEHIND = (*_LINEAR, "Reciprocal")  # behind a root; a bend there could lie where no probe reaches
 _MEANS = ("ReduceMean", "ReduceSum", "GlobalAveragePool")
 _SHAPING = ("Reshape", "Squeeze", "Unsqueeze")  # around means that do not keep their axes
 _REACH = 12  # nodes from the means to the root, and from the root to the end
-_PROBES = 2  # random inputs that functions are compared on
+_ROWS = 16  # samples of every coefficient that is fitted, at least
+_SHORT = 8  # elements of an axis that nothing fixes
 _LARGEST = 2**22  # elements of a probe; a larger one would take seconds
 
 
@@ -75,8 +77,9 @@ def fuse_normalizations(graph: gs.Graph) -> int:
     changes = 0
     kept = output_ids(graph)
     for root in [node for node in graph.nodes if _is_root(node)]:
-        for source, axes, epsilon in _sources(root):
-            ends = list(_ends(root, source, axes, epsilon, kept))
+        before = _before(root)
+        for source, axes, epsilon in _sources(root, before):
+            ends = list(_ends(root, before, source, axes, epsilon, kept))
             for end, fit in ends:
                 changes += _replace(graph, end, source, fit)
             if ends:
@@ -91,21 +94,26 @@ def _is_root(node: gs.Node) -> bool:
     )
 
 
-def _sources(root: gs.Node) -> Iterator[tuple[gs.Variable, list[int], float]]:
-    """Yield what the variance under the root may be of: what is averaged on the way, over which axes, and the epsilon."""
-    added = producer(root.inputs[0], "Add")
-    operand = None if added is None else constant_operand(added)
-    if operand is None or operand[1].size != 1:
-        return
-    epsilon = float(operand[1].reshape(()))
+def _before(root: gs.Node) -> list[gs.Node]:
+    """The root and what may compute the variance under it."""
     nodes = [root]
     for node in nodes:
         for tensor in node.inputs:
             maker = producer(tensor, *_ELEMENTWISE, *_MEANS, *_SHAPING)
             if maker is not None and len(nodes) < _REACH and all(maker is not n for n in nodes):
                 nodes.append(maker)
+    return nodes
+
+
+def _sources(root: gs.Node, before: list[gs.Node]) -> Iterator[tuple[gs.Variable, list[int], float]]:
+    """Yield what the variance under the root may be of: what is averaged on the way, over which axes, and the epsilon."""
+    added = producer(root.inputs[0], "Add")
+    operand = None if added is None else constant_operand(added)
+    if operand is None or operand[1].size != 1:
+        return
+    epsilon = float(operand[1].reshape(()))
     seen: set[int] = set()
-    for node in nodes:
+    for node in before:
         axes = _reduced(node)
         if axes and isinstance(node.inputs[0], gs.Variable) and id(node.inputs[0]) not in seen:
             seen.add(id(node.inputs[0]))
@@ -124,14 +132,14 @@ def _reduced(node: gs.Node) -> list[int] | None:
 
 
 def _ends(
-    root: gs.Node, source: gs.Variable, axes: list[int], epsilon: float, kept: set[int]
+    root: gs.Node, before: list[gs.Node], source: gs.Variable, axes: list[int], epsilon: float, kept: set[int]
 ) -> Iterator[tuple[gs.Node, _Fit]]:
     """Yield the nodes that end a normalization by the root, each as late as only one node reads on."""
     nodes = [root]
     for node in nodes:
-        readers = [n for tensor in node.outputs for n in tensor.outputs if is_op(n, *_ELEMENTWISE)]
+        readers = [n for tensor in node.outputs for n in tensor.outputs if is_op(n, *_BEHIND)]
         nodes += [n for n in readers if len(nodes) < _REACH and all(n is not m for m in nodes)]
-    compared = _Comparison(source, axes, epsilon, nodes)
+    compared = _Comparison(source, axes, epsilon, before, nodes)
     taken: set[int] = set()
     for node in nodes:
         behind = any(id(maker) in taken for tensor in node.inputs for maker in tensor.inputs)
@@ -150,52 +158,69 @@ def _ends(
 class _Comparison:
     """Values of nodes behind a root on random sources, beside the normalized sources."""
 
-    def __init__(self, source: gs.Variable, axes: list[int], epsilon: float, nodes: list[gs.Node]) -> None:
+    def __init__(
+        self, source: gs.Variable, axes: list[int], epsilon: float, before: list[gs.Node], behind: list[gs.Node]
+    ) -> None:
         self.source, self.axes, self.epsilon = source, axes, epsilon
+        self.allowed = {id(node) for node in before} | {id(node) for node in behind}
         self.shape = list(source.shape or [])
         self.affine = [1] * len(self.shape)  # sizes of what may scale and shift, broadcast
-        for tensor in (t for n in nodes for t in n.inputs):
+        for tensor in (t for n in behind for t in n.inputs):
             values = array(tensor)
             if values is not None and values.ndim <= len(self.shape):
                 with contextlib.suppress(ValueError):  # of a node that is no part of the normalization
-                    self.affine = list(np.broadcast_shapes(self.affine, values.shape))
+                    found = list(np.broadcast_shapes(self.affine, values.shape))
+                    pairs = zip(found, self.shape, strict=True)
+                    if all(size in (1, whole) or not isinstance(whole, int) for size, whole in pairs):
+                        self.affine = found
+        self.counts = any(is_op(node, "ReduceSum") for node in before)  # whose divisor is a number
         self.probes: list[Array] = []
         self.known: list[dict[int, Array | None]] = []
-        self._draw(small=True)
 
-    def _draw(self, small: bool) -> None:
-        """Draw the probes; axes that nothing is averaged over or scaled along can be short where no shape is fixed."""
+    def _draw(self, short: bool) -> None:
+        """Draw the probes; axes can be short where no constant and no shape fixes them."""
         sizes = []
         for axis, size in enumerate(self.shape):
-            free = not isinstance(size, int) or (small and axis not in self.axes)
-            sizes.append(self.affine[axis] if self.affine[axis] > 1 else 3 if free else size)
+            if self.affine[axis] > 1:
+                sizes.append(self.affine[axis])
+            elif short or not isinstance(size, int):
+                sizes.append(
+                    min(size, _SHORT) if isinstance(size, int) and size > 1 else 3 if axis not in self.axes else _SHORT
+                )
+            else:
+                sizes.append(size)
+        rows = math.prod(size for size, fitted in zip(sizes, self.affine, strict=True) if fitted == 1)
+        count = 3 * max(1, -(-_ROWS // (3 * max(rows, 1))))
         self.probes = []
-        if 0 < math.prod(sizes) <= _LARGEST:
-            rng = np.random.default_rng(0)  # of unlike sizes, so that another epsilon would show
-            self.probes = [rng.standard_normal(sizes) * scale + 0.1 * scale for scale in (1.0, 0.03)[:_PROBES]]
+        if 0 < math.prod(sizes) * count <= _LARGEST:
+            rng = np.random.default_rng(0)  # of unlike sizes, down to where another epsilon shows
+            scales = (1.0, 0.03, math.sqrt(abs(self.epsilon)) or 1e-3)
+            self.probes = [scales[i % 3] * (rng.standard_normal(sizes) + 0.1) for i in range(count)]
         self.known = [{id(self.source): probe} for probe in self.probes]
 
     def fit(self, node: gs.Node) -> _Fit | None:
         """What the node's value is as an affine function of the normalized source, None if it is none."""
         if rank_of(node.outputs[0]) not in (None, len(self.shape)):
             return None
-        values = self._values(node.outputs[0])
-        if values is None and self.probes:
-            self._draw(small=False)
+        for short in (True, False):
+            self._draw(short)
             values = self._values(node.outputs[0])
-        if not values:
+            found = self._fitted(values) if values else None
+            if found is not None or (values is not None and not self.counts):
+                return found
+        return None
+
+    def _fitted(self, values: list[Array]) -> _Fit | None:
+        over = (0, *(axis + 1 for axis, size in enumerate(self.affine) if size == 1))
+        with np.errstate(all="ignore"):
+            y, n = np.stack(values), np.stack([self._normalized(probe) for probe in self.probes])
+            spread = n - n.mean(over, keepdims=True)
+            gamma = (spread * y).mean(over, keepdims=True) / np.square(spread).mean(over, keepdims=True)
+            beta = y.mean(over, keepdims=True) - gamma * n.mean(over, keepdims=True)
+            fits = np.abs(gamma * n + beta - y) <= 1e-6 * np.abs(gamma) + 1e-12 * np.abs(y)
+            gamma, beta = gamma[0].astype(np.float32), beta[0].astype(np.float32)
+        if not (fits.all() and np.isfinite(gamma).all() and np.isfinite(beta).all() and gamma.any()):
             return None
-        over = tuple(axis for axis, size in enumerate(self.affine) if size == 1)
-        if not over:
-            return None
-        y, n = np.stack(values), np.stack([self._normalized(probe) for probe in self.probes])
-        over = (0, *(axis + 1 for axis in over))
-        spread = n - n.mean(over, keepdims=True)
-        gamma = (spread * y).mean(over, keepdims=True) / np.square(spread).mean(over, keepdims=True)
-        beta = y.mean(over, keepdims=True) - gamma * n.mean(over, keepdims=True)
-        if not np.isfinite(gamma).all() or np.abs(gamma * n + beta - y).max() > 1e-6 * max(np.abs(y).max(), 1e-30):
-            return None
-        gamma, beta = gamma[0].astype(np.float32), beta[0].astype(np.float32)
         for axis in set(range(gamma.ndim)) - set(self.axes):  # of constants that other nodes behind the root add
             first = gamma.take([0], axis), beta.take([0], axis)
             if np.allclose(gamma, first[0], rtol=1e-6) and np.allclose(beta, first[1], rtol=1e-6, atol=1e-6):
@@ -206,40 +231,52 @@ class _Comparison:
         found = []
         for probe, known in zip(self.probes, self.known, strict=True):
             with np.errstate(all="ignore"):
-                values = _evaluate(tensor, known, 2 * _REACH)
+                values = _evaluate(tensor, known, self.allowed)
             if values is None or values.shape != probe.shape:
                 return None
             found.append(values)
-        return found
+        return found or None
 
     def _normalized(self, x: Array) -> Array:
         axes = tuple(self.axes)
         return np.asarray((x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + self.epsilon))
 
 
-def _evaluate(tensor: gs.Tensor, known: dict[int, Array | None], depth: int) -> Array | None:
-    """Return the tensor's values from the known ones, None if they depend on anything else."""
+def _evaluate(
+    tensor: gs.Tensor, known: dict[int, Array | None], allowed: set[int], depth: int = 4 * _REACH
+) -> Array | None:
+    """Return the tensor's values from the known ones, None if they depend on anything but allowed nodes."""
     if id(tensor) not in known:
         values = array(tensor)
         if values is not None:
             known[id(tensor)] = values.astype(np.float64)
         else:
+            known[id(tensor)] = None
             node = producer(tensor, *_ELEMENTWISE, *_MEANS, *_SHAPING) if depth else None
-            known[id(tensor)] = None if node is None else _computed(node, known, depth - 1)
+            if node is not None and (id(node) in allowed or node.op in (*_BEHIND, *_MEANS, *_SHAPING)):
+                known[id(tensor)] = _computed(node, known, allowed, depth - 1)
     return known[id(tensor)]
 
 
-def _computed(node: gs.Node, known: dict[int, Array | None], depth: int) -> Array | None:
+def _computed(node: gs.Node, known: dict[int, Array | None], allowed: set[int], depth: int) -> Array | None:
     count = len(node.inputs) if node.op in _ELEMENTWISE else 1
-    inputs = [_evaluate(tensor, known, depth) for tensor in node.inputs[:count]]
+    inputs = [_evaluate(tensor, known, allowed, depth) for tensor in node.inputs[:count]]
     if any(x is None for x in inputs) or (isinstance(node.inputs[0], gs.Constant) and count == 1):
+        return None
+    if node.op == "Max" and not _floors_at_zero(node):
         return None
     try:
         if node.op in _ELEMENTWISE:
             return np.asarray(_ELEMENTWISE[node.op](*inputs))
         return _reduce(node, inputs[0]) if node.op in _MEANS else _shape(node, inputs[0])
-    except (TypeError, ValueError):  # sizes that do not fit, three operands of a Max
+    except (TypeError, ValueError):  # sizes that do not fit
         return None
+
+
+def _floors_at_zero(node: gs.Node) -> bool:
+    """Whether a Max changes no variance: that is not below 0 but by rounding."""
+    operand = constant_operand(node) if len(node.inputs) == 2 else None
+    return operand is not None and bool((operand[1] <= 0).all())
 
 
 def _reduce(node: gs.Node, x: Any) -> Array | None:

@@ -1,5 +1,6 @@
 """Pass: activations that exporters write in pieces become the operators they are."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +24,8 @@ SCALAR_FUNCTIONS: dict[str, Callable[..., Array]] = {
     "Div": np.divide,
     "Pow": np.power,
     "Neg": np.negative,
-    "Min": np.minimum,
-    "Max": np.maximum,
+    "Min": lambda *x: functools.reduce(np.minimum, x),
+    "Max": lambda *x: functools.reduce(np.maximum, x),
     "Tanh": np.tanh,
     "Exp": np.exp,
     "Log": np.log,

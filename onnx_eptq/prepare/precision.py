@@ -11,8 +11,9 @@ from onnx_eptq.prepare.edit import Array, fresh_name, replace_uses
 
 # What float64 reaches beyond is cut off: masks are often the least number of their type.
 LIMITS = float(np.finfo(np.float32).min), float(np.finfo(np.float32).max)
+LEAST = float(np.finfo(np.float32).tiny)
 _OTHERS = (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-_TYPE_ATTRIBUTES = ("to", "dtype", "output_datatype")  # Cast; EyeLike and SequenceEmpty; windows
+_TYPE_ATTRIBUTES = ("to", "dtype", "output_datatype")  # of Cast; of EyeLike, RandomNormal and the like; of windows
 _GENERIC_DOMAINS = (*STANDARD_DOMAINS, "com.microsoft")  # their operators take float32 wherever they take the others
 
 
@@ -33,14 +34,14 @@ def use_float32(graph: gs.Graph) -> int:
     if not (inner or turning) or any(_may_depend(node) for scope in scopes(graph) for node in scope.nodes):
         return 0
     for tensor in turning:
-        narrow = gs.Variable(fresh_name(graph, tensor.name), np.float32, tensor.shape)
-        replace_uses(tensor, narrow)
+        inside = gs.Variable(fresh_name(graph, tensor.name), np.float32, tensor.shape)
+        replace_uses(tensor, inside)
         if tensor.inputs:
             (producer,) = tensor.inputs
-            producer.outputs[producer.outputs.index(tensor)] = narrow
-            _cast(graph, narrow, tensor)
+            producer.outputs[producer.outputs.index(tensor)] = inside
+            _cast(graph, inside, tensor)
         else:
-            _cast(graph, tensor, narrow)
+            _cast(graph, tensor, inside)
     for tensor in inner:
         if isinstance(tensor, gs.Constant):
             with G_LOGGER.suppress(G_LOGGER.CRITICAL):  # which has a lot to say about bfloat16
@@ -55,6 +56,8 @@ def use_float32(graph: gs.Graph) -> int:
 
 def is_other_float(tensor: gs.Tensor) -> bool:
     """Tell whether the tensor is float16, bfloat16 or float64."""
+    if getattr(tensor, "type", "tensor_type") != "tensor_type":  # a sequence of them
+        return False
     if isinstance(tensor.dtype, int):  # numpy lacks it
         return tensor.dtype == int(TensorProto.BFLOAT16)
     return not (isinstance(tensor, gs.Constant) and is_packed(tensor)) and tensor.dtype in (np.float16, np.float64)
@@ -89,4 +92,6 @@ def _cast(graph: gs.Graph, source: gs.Tensor, result: gs.Variable) -> None:
 def _in_float32(values: Array) -> Array:
     if values.dtype == np.float64:
         values = np.clip(values, *LIMITS)
+        small = (np.abs(values) < LEAST) & (values != 0)  # what keeps a logarithm or a quotient finite
+        values = np.where(small, np.copysign(LEAST, values), values)
     return np.asarray(values, np.float32)
