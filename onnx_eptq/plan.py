@@ -500,6 +500,11 @@ def _picks_columns(node: gs.Node) -> bool:
     return tables or is_op(node, "Split", "Slice", "Gather")
 
 
+def _divides_by(node: gs.Node, tensor: gs.Tensor) -> bool:
+    """Whether a node divides by a value."""
+    return node.inputs[0] is tensor if is_op(node, "Reciprocal") else is_op(node, "Div") and node.inputs[1] is tensor
+
+
 class _Ways:
     """The ways that the columns of an input go, through nodes that pass them on, to the nodes that scale or shift them."""
 
@@ -622,6 +627,8 @@ class _Planner:
             return "a masked output: on one grid with the mask, its scores would be equal"
         if id(tensor) in self.outputs and tensor.name in extras(self.graph).uneven and not tensor.outputs:
             return "an output whose columns differ in scale: one grid would lose the small ones"
+        if any(_divides_by(reader, tensor) for reader in tensor.outputs):
+            return "a divisor, which could be 0 on a grid"
         if tensor.inputs and _is_single(tensor.inputs[0]):
             return "a Softmax of single elements, which integer kernels compute as 0"
         if tensor.outputs and id(tensor) not in self.outputs and all(role_of(n) == "untouched" for n in tensor.outputs):

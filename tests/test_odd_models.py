@@ -557,6 +557,18 @@ def test_declared_types_of_other_domains_outlive_the_conversion_of_the_opset() -
     assert [node.op_type for node in found.graph.node if node.op_type in ("MatMul", "Add", "Gemm")] == ["Gemm"]
 
 
+def test_series_that_are_scaled_by_their_largest_value_are_no_fault() -> None:
+    """On grids the small ones are 0, and so would be what they are divided by."""
+    text = """(float[N,16] x) => (float[N,3] y) { a = Abs(x) m = ReduceMax(a, last) s = Add(m, eps) n = Div(x, s)
+      h = MatMul(n, w) y = Mul(h, s) }"""
+    model = parse(text, w=DRAW(16, 3), eps=f32(1e-6), last=i64(1))
+    data = (DRAW(200, 16) * 10 ** DRAW(200, 1)).astype(np.float32)
+    result = quantize(model, data, weight_bits=8, threads=1)
+    assert result.plan.floats["s"] == "a divisor, which could be 0 on a grid"
+    assert result.report.fidelity is not None
+    assert result.report.fidelity.sqnr_db["y"] > 30
+
+
 def test_constants_that_are_outputs_come_through() -> None:
     model = parse(
         "(float[N,4] x) => (float[N,3] y, float[2] anchors) { y = MatMul(x, w) }", w=DRAW(4, 3), anchors=f32(1, 2)

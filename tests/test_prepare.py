@@ -284,6 +284,10 @@ example("fuse_normalizations", "(float[N,5,6,2,4] z) => (float[N,5,6,2,4] w) {" 
         "Transpose InstanceNormalization Transpose Mul Add", ax=vec(1, 2, 4), eps=one(1e-3), ga=rand(2, 4),
         be=rand(2, 4))  # fmt: skip
 
+example("use_quotients", V + "{ e = Exp(x)\n r = Reciprocal(e)\n y = Mul(r, x) }", "Exp Div")
+example("use_quotients", V + "{ e = Exp(x)\n r = Div(o, e)\n y = Mul(x, r) }", "Exp Div", o=one(1))
+example("use_squares", V + "{ a = Pow(x, two)\n y = Neg(a) }", "Mul Neg", two=one(2))
+
 example("merge_reshapes", "(float[N,3,4] x) => (float[N,12] y) { a = Unsqueeze(x, ax)\n b = Squeeze(a, ax)\n"
         " c = Reshape(b, s)\n y = Reshape(c, t) }", "Reshape", ax=vec(1), s=vec(-1, 6, 2), t=vec(-1, 12))  # fmt: skip
 example("merge_reshapes", "(float[N,1,1,6] x) => (float[N,6] y) { a = Transpose<perm = [0, 3, 1, 2]>(x)\n"

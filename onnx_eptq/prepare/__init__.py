@@ -32,6 +32,8 @@ PASSES: dict[str, Pass] = {  # in the order in which they run
         constants.fold_shapes,
         patterns.fuse_activations,
         normalization.fuse_normalizations,
+        patterns.use_quotients,
+        patterns.use_squares,
         layout.merge_reshapes,
         layout.use_flatten,
         layout.merge_transposes,

@@ -1,4 +1,4 @@
-"""Pass: activations that exporters write in pieces become the operators they are."""
+"""Passes: activations in pieces become the operators they are, quotients and squares take their plain form."""
 
 import functools
 import math
@@ -11,8 +11,12 @@ import onnx_graphsurgeon as gs
 from onnx_eptq.graph import array, is_op
 from onnx_eptq.prepare.edit import (
     Array,
+    const_at,
     mutate,
+    only_for,
+    output_ids,
     producer,
+    rank_of,
     same_dims,
 )
 
@@ -64,6 +68,56 @@ def fuse_activations(graph: gs.Graph) -> int:
         found = next(filter(None, (_recognise(node, t) for n in cone for t in n.inputs)), None)
         if found is not None:
             mutate(node, found[0], [found[2]], found[1])
+            changes += 1
+    return changes
+
+
+def use_quotients(graph: gs.Graph) -> int:
+    """Divide by what is inverted first: x * (1 / s), as ONNX Runtime does of itself, which rounds once instead of twice."""
+    changes = 0
+    kept = output_ids(graph)
+    for node in [node for node in graph.nodes if is_op(node, "Mul")]:
+        for index, tensor in enumerate(list(node.inputs)):
+            divisor = _inverted(tensor)
+            other = node.inputs[1 - index]
+            if divisor is not None and other is not tensor and only_for(tensor, node, kept):
+                mutate(node, "Div", [other, divisor], {})
+                changes += 1
+                break
+    return changes
+
+
+def _inverted(tensor: gs.Tensor) -> gs.Tensor | None:
+    """What the tensor is the reciprocal of."""
+    inverse = producer(tensor, "Reciprocal")
+    if inverse is not None:
+        return inverse.inputs[0]
+    quotient = producer(tensor, "Div")
+    one = None if quotient is None else const_at(quotient, 0)
+    if (
+        quotient is None
+        or one is None
+        or one.size != 1
+        or one.reshape(()) != 1
+        or isinstance(quotient.inputs[1], gs.Constant)
+    ):
+        return None
+    rank = rank_of(quotient.inputs[1])
+    return quotient.inputs[1] if one.ndim == 0 or (rank is not None and one.ndim <= rank) else None
+
+
+def use_squares(graph: gs.Graph) -> int:
+    """Multiply a value with itself where it is raised to the power of 2: products have integer kernels."""
+    changes = 0
+    for node in [node for node in graph.nodes if is_op(node, "Pow")]:
+        exponent = const_at(node, 1)
+        if (
+            exponent is not None
+            and exponent.size == 1
+            and exponent.ndim <= (rank_of(node.inputs[0]) or 0)
+            and exponent.reshape(()) == 2
+        ):
+            mutate(node, "Mul", [node.inputs[0], node.inputs[0]], {})
             changes += 1
     return changes
 
