@@ -1,4 +1,4 @@
-"""Which inputs and outputs hold columns (features, channels) that one grid cannot serve, as their scales differ too much."""
+"""Which inputs and outputs hold columns (features, channels) or samples that one grid cannot serve, as scales differ too much."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ MOST = 512  # columns; a longer axis holds positions or classes, which are of on
 LEVELS = 255  # steps of an 8-bit grid
 NOISE = 1e-6  # of a column's magnitude: what moves less is constant
 INPUT_STEPS = 16  # that a column of an input covers, at least, where one grid serves all of them;
+UNLIKE = 16.0  # times as far as half of the samples reach the farthest: that many steps fewer are left for those
 OUTPUT_STEPS = 4  # and of an output, behind which nothing can add to the loss
 
 Array = np.ndarray
@@ -23,11 +24,14 @@ class Columns:
 
     def __init__(self) -> None:
         self.low, self.high = np.zeros(0), np.zeros(0)
+        self.reach: list[float] = []  # how far each sample goes from 0, if it goes anywhere
 
     def add(self, x: Array) -> None:
         """Take in one batch."""
         if not x.size or not np.isfinite(x).all():
             return
+        reach = np.abs(x.reshape(len(x), -1)).max(1) if x.ndim else np.abs(x).reshape(1)
+        self.reach += reach[reach > 0].astype(np.float64).tolist()
         rows = as_rows(x).astype(np.float64)
         low, high = rows.min(0), rows.max(0)
         if len(self.low) not in (0, len(low)):  # their number is open: there are no columns, then
@@ -35,6 +39,11 @@ class Columns:
             self.low, self.high = self.low.min(keepdims=True), self.high.max(keepdims=True)
         self.low = np.minimum(self.low, low) if len(self.low) else low
         self.high = np.maximum(self.high, high) if len(self.high) else high
+
+    @property
+    def are_unlike(self) -> bool:
+        """Whether most samples would be lost on a grid that serves all of them."""
+        return bool(self.reach) and UNLIKE * float(np.median(self.reach)) < max(self.reach)
 
     def are_served(self, steps: float) -> bool:
         """Whether one grid serves all that was seen, as the function `are_served` says."""

@@ -224,11 +224,13 @@ def begin(
             lower_opset(graphs.copy(graph), config.opset)  # only to hear now of what has no form there
     batches = open_batches(graph, data, config)
     with phases("plan"):
-        if uneven := find_uneven(graph, source, batches):  # which is rare: then what evens them out is needed
+        uneven, unlike = find_uneven(graph, source, batches)
+        if uneven:  # which is rare: then what evens them out is needed
             graph = graphs.load(model)
             graphs.extras(graph).uneven = list(uneven)
             changes = prepare(graph)
             changes["even_inputs"] = even_inputs(graph, {name: (seen.low, seen.high) for name, seen in uneven.items()})
+        graphs.extras(graph).unlike = unlike
         if config.strip_notes:
             graphs.strip_notes(graph)
         if config.bias_correction:
@@ -476,10 +478,13 @@ def open_batches(graph: gs.Graph, data: Any, config: Config) -> sources.Batches:
     return sources.open_data(data, specs, preset, num_samples=config.num_samples, seed=config.seed, batch_size=size)
 
 
-def find_uneven(graph: gs.Graph, source: onnx.ModelProto | Path, batches: sources.Batches) -> dict[str, Columns]:
-    """The inputs and outputs, by name, whose columns differ so much in scale that one grid would lose the small ones.
+def find_uneven(
+    graph: gs.Graph, source: onnx.ModelProto | Path, batches: sources.Batches
+) -> tuple[dict[str, Columns], list[str]]:
+    """The inputs and outputs whose columns differ so much in scale that one grid would lose the small ones; whose samples do.
 
-    Of outputs that are shares or scores, small columns are what they should be.
+    Of outputs that are shares or scores, small columns are what they should be. Samples of outputs count where those of an
+    input differ, too: a series that was brought to one size and is brought back.
     """
     found: tuple[dict[str, Columns], dict[str, Columns]] = {}, {}
     outputs = [tensor for tensor in graph.outputs if not is_score(tensor)]
@@ -492,14 +497,16 @@ def find_uneven(graph: gs.Graph, source: onnx.ModelProto | Path, batches: source
                 for name in wanted & values.keys():
                     kind.setdefault(name, Columns()).add(values[name])
     except VerificationError:  # of which `loadable` and `measured` will say more
-        return {}
+        return {}, []
     steps = (columns.INPUT_STEPS, columns.OUTPUT_STEPS)
-    return {
+    uneven = {
         name: seen
         for kind, least in zip(found, steps, strict=True)
         for name, seen in kind.items()
         if not seen.are_served(least)
     }
+    unlike, behind = ([name for name, seen in kind.items() if seen.are_unlike] for kind in found)
+    return uneven, [*unlike, *behind] if unlike else []
 
 
 def describe_data(job: Job) -> None:
@@ -716,6 +723,7 @@ def observed(job: Job, teacher: mirror.Mirror, batches: Feed, graph: gs.Graph, p
         f"{count} of {len(seen.largest[name])} samples of input '{name}' reach {ratio:.0f} times as far as most, and leave few "
         "steps to the others; take them out if the model meets none such in use"
         for name, (count, ratio) in seen.outliers().items()
+        if name in job.plan
     ]
     if job.config.calibration == "hmse":
         samples, batch = range_samples(job, teacher, batches, graph, stats)

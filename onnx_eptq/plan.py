@@ -29,6 +29,7 @@ CONSTANT_BITS = 8  # operands such as positional embeddings; narrower ones cost 
 EDGE_BITS = 8  # the network's inputs and outputs: sensors and readers speak 8 bits; and what `wide` names
 BIAS_BITS = 32
 _HEADS = ("Exp", "LpNormalization")  # where nothing follows, ends of networks, not of spectrograms: rates, embeddings
+_NORMALIZING = ("LayerNormalization", "InstanceNormalization", "LpNormalization", "GroupNormalization")
 DEEPEST = 8  # operators between a mask's constant and the sum that applies it
 _MAKING = (
     "ConstantOfShape", "Trilu", "Expand", "Tile", "Slice", "Gather", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Transpose"
@@ -575,6 +576,26 @@ def _column_scalers(graph: gs.Graph) -> dict[int, str]:
     return found
 
 
+def _sample_scalers(graph: gs.Graph) -> dict[int, str]:
+    """Nodes that bring the samples of an unlike input to one size, up to the first normalization; with the reason."""
+    found: dict[int, str] = {}
+    for tensor in graph.inputs:
+        if tensor.name not in extras(graph).unlike:
+            continue
+        derived, ends = {id(tensor)}, list[gs.Node]()
+        for node in graph.nodes:
+            read = [source for source in node.inputs if source.name and not is_constant(source)]
+            if read and all(id(source) in derived for source in read) and role_of(node) != "linear":
+                if is_op(node, *_NORMALIZING) or (is_op(node, "Div") and len(read) == 2):
+                    ends.append(node)
+                else:
+                    derived |= {id(value) for value in node.outputs}
+        for node in ends:  # which grows to all that leads to them
+            found[id(node)] = f"brings the samples of '{tensor.name}' to one size"
+            ends += [maker for source in node.inputs for maker in source.inputs if id(maker) not in found]
+    return found
+
+
 class _Planner:
     """The state of one `make_plan` call: the graph's facts, and the plan as it grows in walk order."""
 
@@ -588,7 +609,7 @@ class _Planner:
         kept |= {id(layer.node) for layer in self.layers if _matches(rules.keep_float, layer.weight.name)}
         self.kept = kept
         self.region, self.front = _float_region(graph, kept)
-        self.region = _column_scalers(graph) | self.region
+        self.region = _sample_scalers(graph) | _column_scalers(graph) | self.region
         self.masked: set[int] = set()  # values that hold the huge numbers of a mask
         for node in graph.nodes:
             moved = role_of(node) == "same_grid" and id(node.inputs[0]) in self.masked
@@ -627,6 +648,8 @@ class _Planner:
             return "a masked output: on one grid with the mask, its scores would be equal"
         if id(tensor) in self.outputs and tensor.name in extras(self.graph).uneven and not tensor.outputs:
             return "an output whose columns differ in scale: one grid would lose the small ones"
+        if id(tensor) in self.outputs and tensor.name in extras(self.graph).unlike and not tensor.outputs:
+            return "an output whose samples differ in size: one grid would lose the small ones"
         if any(_divides_by(reader, tensor) for reader in tensor.outputs):
             return "a divisor, which could be 0 on a grid"
         if tensor.inputs and _is_single(tensor.inputs[0]):

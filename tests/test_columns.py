@@ -78,6 +78,15 @@ def test_columns_of_an_input_keep_what_each_of_them_says(front: str) -> None:
     assert result.report.coverage.complete
 
 
+def three_outputs(text: str, **constants: Any) -> onnx.ModelProto:
+    """A model of eight columns in front of these nodes and three behind, with those of the constants that they name."""
+    constants |= {name: CONSTANTS[name] for name in ("w", "b", "v")}
+    used = {name: value for name, value in constants.items() if re.search(rf"\b{name}\b", text)}
+    model = parse(f"(float[N,8] x) => (float[N,3] y) {{ {text}", **used)
+    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", 1))
+    return model
+
+
 APART = {
     "split": "l, r = Split <axis=1, num_outputs=2> (x) m = Mul(l, by_l) n = Div(r, sd_r) z = Concat <axis=1> (m, n)",
     "gathered": "l = Gather <axis=1> (x, left) r = Gather <axis=1> (x, right) m = Mul(l, by_l) n = Div(r, sd_r)"
@@ -97,19 +106,46 @@ APART = {
 
 @pytest.mark.parametrize("front", APART)
 def test_columns_that_are_scaled_apart_keep_what_each_of_them_says(front: str) -> None:
-    constants = {
-        **{name: CONSTANTS[name] for name in ("w", "b", "v")}, "by": 1 / SCALES, "by_l": 1 / SCALES[:4], "sd_r": SCALES[4:],
-        "eights": np.array([8, 8]), "one_seven": np.array([1, 7]), "by_seven": 1 / SCALES[1:],
-        "left": np.arange(4), "right": np.arange(4, 8), "nothing": f32(0),
-    }  # fmt: skip
     text = APART[front].replace("SCALE", str([round(float(1 / scale), 9) for scale in SCALES]))
-    used = {name: value for name, value in constants.items() if re.search(rf"\b{name}\b", text + MLP)}
-    model = parse(f"(float[N,8] x) => (float[N,3] y) {{ {text} {MLP}", **used)
-    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", 1))
+    model = three_outputs(
+        f"{text} {MLP}", by=1 / SCALES, by_l=1 / SCALES[:4], sd_r=SCALES[4:], by_seven=1 / SCALES[1:], nothing=f32(0),
+        eights=np.array([8, 8]), one_seven=np.array([1, 7]), left=np.arange(4), right=np.arange(4, 8),
+    )  # fmt: skip
     result = quantize(model, RAW, method="rtn", threads=1)
     (expected,), (found,) = run(model, x=RAW), run(result.model, x=RAW)
     assert decibels(expected, found).min() > 28
     assert "x" in result.plan.floats
+
+
+SIZED = {
+    "layer": "z = LayerNormalization(x, one, zero)",
+    "instance": "u = Unsqueeze(x, at) n = InstanceNormalization(u, one_1, zero_1) z = Squeeze(n, at)",
+    "largest": "k = Abs(x) m = ReduceMax(k, at) s = Add(m, tiny) z = Div(x, s)",
+    "in pieces, undone behind": "m = ReduceMean(x, at) c = Sub(x, m) k = Mul(c, c) h = ReduceMean(k, at) e = Add(h, tiny)"
+    " s = Sqrt(e) z = Div(c, s)",
+}
+
+
+@pytest.mark.parametrize("front", SIZED)
+def test_samples_of_every_size_keep_what_each_of_them_says(front: str) -> None:
+    tail = MLP.replace("y =", "o =").replace("}", "t = Mul(o, s) y = Add(t, m) }") if "undone" in front else MLP
+    model = three_outputs(
+        f"{SIZED[front]} {tail}", one=np.ones(8, np.float32), zero=np.zeros(8, np.float32), one_1=f32(1), zero_1=f32(0),
+        at=np.array([1]), tiny=f32(1e-6),
+    )  # fmt: skip
+    rng = np.random.default_rng(5)
+    x = (rng.standard_normal((256, 8)) * 10 ** rng.uniform(-1.5, 1.5, (256, 1))).astype(np.float32)
+    result = quantize(model, x, method="rtn", threads=1)
+    assert "x" in result.plan.floats
+    assert not any("take them out" in warning for warning in result.report.warnings)
+    (expected,), (found,) = run(model, x=x), run(result.model, x=x)
+    each = 10 * np.log10((expected**2).sum(1) / ((expected - found) ** 2).sum(1))
+    assert np.median(each) > 25
+
+
+def test_samples_of_one_size_are_quantized_before_they_are_normalized() -> None:
+    model = three_outputs(f"z = LayerNormalization(x, one) {MLP}", one=np.ones(8, np.float32))
+    assert "x" in quantize(model, DRAWN, method="rtn", threads=1).plan
 
 
 def test_a_scaler_before_a_padded_convolution_stays_float() -> None:
