@@ -642,6 +642,9 @@ class _Planner:
         layers = [n for n in tensor.outputs if role_of(n) == "linear" and id(n) not in self.front | self.kept]
         if neighbours and all(id(node) in self.region for node in neighbours) and not layers:
             return self.region[id(neighbours[0])]
+        asked = tensor.inputs and id(tensor.inputs[0]) in self.kept and role_of(tensor.inputs[0]) != "linear"
+        if asked and tensor.outputs and not any(role_of(n) == "linear" for n in tensor.outputs):
+            return "kept float as asked"  # else a runtime would take the node for one between integers
         if self.counts(tensor) and tensor.outputs and all(id(n) in self.region for n in tensor.outputs) and not layers:
             return self.region[id(tensor.outputs[0])]
         if id(tensor) in self.masked & self.outputs:

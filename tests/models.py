@@ -40,15 +40,24 @@ def parse(text: str, *, opset: int = 21, **constants: Any) -> onnx.ModelProto:
     return model
 
 
-def weights(seed: int) -> Callable[..., np.ndarray]:
+def weights(seed: int) -> Weights:
     """Return a function from a shape to weights that keep a layer's output at about unit size."""
-    rng = np.random.default_rng(seed)
+    return Weights(seed)
 
-    def draw(*shape: int, fan: int | None = None) -> np.ndarray:
+
+class Weights:
+    """Draws one weight after another; from the start again where a test asks for it."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.restart()
+
+    def restart(self) -> None:
+        self.rng = np.random.default_rng(self.seed)
+
+    def __call__(self, *shape: int, fan: int | None = None) -> np.ndarray:
         fan = fan or max(int(np.prod(shape[1:])), 1)
-        return (rng.standard_normal(shape) * np.sqrt(2 / fan)).astype(np.float32)
-
-    return draw
+        return (self.rng.standard_normal(shape) * np.sqrt(2 / fan)).astype(np.float32)
 
 
 def i64(*values: int) -> np.ndarray:

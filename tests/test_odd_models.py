@@ -24,6 +24,15 @@ from onnx_eptq.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 W, DRAW = weights(5), weights(6)
+
+
+@pytest.fixture(autouse=True)
+def same_weights() -> None:
+    """What a test draws does not depend on the tests before it."""
+    W.restart()
+    DRAW.restart()
+
+
 quantize = partial(onnx_eptq.quantize, method="rtn")  # learning has tests of its own
 ATTENTION = """(float[N,6,8] x) => (float[N,6,8] y) {
   q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv) t = Transpose <perm=[0,2,1]> (k)

@@ -395,6 +395,17 @@ def test_layers_before_a_normalization_write_integers():
     assert {"e_square", "e_power", "c_size"} <= set(plan.floats)
 
 
+def test_what_an_operator_that_is_kept_float_makes_is_not_quantized_but_for_layers():
+    text = "p = AveragePool <kernel_shape=[3,3], pads=[1,1,1,1]> (a)  d = Sub(p, a)  y = Conv(d, w1)"
+    proto = body(text, w1=W(4, 4, 1, 1))
+    assert {"a", "p", "d"} <= set(make_plan(raw(proto), ORT_TARGET))
+    plan = make_plan(raw(proto), ORT_TARGET, Rules(keep_float=("AveragePool",)))
+    assert {"a", "d"} <= set(plan)
+    assert plan.floats["p"] == "kept float as asked"
+    before = "p = AveragePool <kernel_shape=[3,3], pads=[1,1,1,1]> (a)  y = Conv(p, w1)"
+    assert "p" in make_plan(raw(body(before, w1=W(4, 4, 1, 1))), ORT_TARGET, Rules(keep_float=("AveragePool",)))
+
+
 def test_a_last_layer_before_a_softmax_in_pieces_reads_integers():
     """All of its result goes through the Exp, but layers before it do not."""
     text = unit("a", "e") + "c = Conv(e, w1)  p = Exp(c)  t = ReduceSum <keepdims=1> (p, channels)  y = Div(p, t)"

@@ -29,7 +29,7 @@ from onnx_eptq.outputs import learning_targets
 
 Step = Callable[[int], None]
 SCHEDULE = 1000  # steps that the schedules believe in
-WARM = 3
+WARM = 4  # compiling takes the first two
 LEADERS = 12
 
 
@@ -85,7 +85,8 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 def steps(options: argparse.Namespace, kinds: tuple[str, ...]) -> dict[str, Step]:
     """The steps of the kinds asked for, ready to be taken."""
     settings = {"weight_bits": options.weight_bits, "act_bits": options.act_bits, "threads": options.threads}
-    settings |= preprocessing_settings(options) | {"method": options.method, "num_samples": options.samples}
+    settings |= preprocessing_settings(options)
+    settings |= {"method": options.method, "num_samples": options.samples, "compile": options.compile}
     job, ready = calibrated(options.model, options.calib, **settings)
     problem = pipeline.learning_problem(job, ready)
     problem.effort = replace(problem.effort, batch=options.batch or problem.effort.batch)
@@ -177,6 +178,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=15)
     parser.add_argument("--profile", action="store_true", help="also list the most expensive operators")
+    parser.add_argument("--compile", action="store_true", help="let torch.compile compile the learning step")
     parser.add_argument("--no-memory", action="store_true", help="do not start the processes that measure memory")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     parser.add_argument("--only", choices=["none", "training", "learning"], help=argparse.SUPPRESS)
