@@ -30,6 +30,7 @@ EDGE_BITS = 8  # the network's inputs and outputs: sensors and readers speak 8 b
 BIAS_BITS = 32
 _HEADS = ("Exp", "LpNormalization")  # where nothing follows, ends of networks, not of spectrograms: rates, embeddings
 _NORMALIZING = ("LayerNormalization", "InstanceNormalization", "LpNormalization", "GroupNormalization")
+_WAVES = ("Sin", "Cos", "Tan", "Atan")
 DEEPEST = 8  # operators between a mask's constant and the sum that applies it
 _MAKING = (
     "ConstantOfShape", "Trilu", "Expand", "Tile", "Slice", "Gather", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Transpose"
@@ -473,10 +474,16 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[
                 if not reason and all(id(c) in funnel for tensor in node.outputs for c in tensor.outputs):
                     funnel.add(id(node))
                 changed = True
+    waving: set[int] = set()  # nodes whose whole result goes through a sine: layers of a network, but for the first
+    for node in reversed(graph.nodes):
+        behind = [reader for tensor in node.outputs for reader in tensor.outputs]
+        if behind and all(is_op(reader, *_WAVES) or id(reader) in waving for reader in behind):
+            waving.add(id(node))
     front: set[int] = set()  # nodes whose linear operators, themselves included, all lead to seeds
     for node in graph.nodes:
         clear = all(id(producer) in front for tensor in node.inputs for producer in tensor.inputs)
-        if clear and (role_of(node) != "linear" or id(node) in funnel):
+        leads = id(node) in funnel and (depth[id(node)] <= 1 or id(node) not in waving)
+        if clear and (role_of(node) != "linear" or leads):
             front.add(id(node))
     return region, front
 

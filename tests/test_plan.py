@@ -395,6 +395,16 @@ def test_layers_before_a_normalization_write_integers():
     assert {"e_square", "e_power", "c_size"} <= set(plan.floats)
 
 
+def test_layers_that_lead_to_sines_read_integers_but_for_the_first():
+    """Coordinates are no spectrogram, and a network of such layers is to become smaller."""
+    text = """(float[N,2] x) => (float[N,3] y) {
+      g = Gemm(x, w1) s = Sin(g) h = Gemm(s, w2) k = Mul(h, omega) t = Sin(k) m = Gemm(t, w3) u = Sin(m) y = Gemm(u, w4) }"""
+    shapes = {"w1": W(2, 8), "w2": W(8, 8), "w3": W(8, 8), "w4": W(8, 3), "omega": np.float32(30)}
+    plan = make_plan(raw(parse(text, **shapes)), ORT_TARGET)
+    assert {"w2", "w3", "w4", "s", "t", "u"} <= set(plan)
+    assert {"x", "g", "h", "k", "m"} <= set(plan.floats)
+
+
 def test_what_an_operator_that_is_kept_float_makes_is_not_quantized_but_for_layers():
     text = "p = AveragePool <kernel_shape=[3,3], pads=[1,1,1,1]> (a)  d = Sub(p, a)  y = Conv(d, w1)"
     proto = body(text, w1=W(4, 4, 1, 1))
