@@ -472,6 +472,41 @@ FAULTS = (
         ".float() * 0 + 1) / probes**0.5",
         ("hessian",),
     ),
+    Fault(
+        "what is no normalization is taken for one",
+        "prepare/normalization.py",
+        "if not (fits.all() and",
+        "if not (",
+        ("prepare",),
+    ),
+    Fault(
+        "transposes pass the Casts of float16 inputs",
+        "prepare/layout.py",
+        "return None if between else perm",
+        "return perm",
+        ("prepare",),
+    ),
+    Fault(
+        "methods begin with plain rounding's ranges",
+        "eptq.py",
+        "if problem.begun is not None:",
+        "if False:",
+        ("eptq",),
+    ),
+    Fault(
+        "divisors sit on grids",
+        "plan.py",
+        "if any(_divides_by(reader, tensor) for reader in tensor.outputs):",
+        "if False:",
+        ("odd_models",),
+    ),
+    Fault(
+        "samples of every size share a grid",
+        "plan.py",
+        "self.region = _sample_scalers(graph) | _column_scalers(graph)",
+        "self.region = _column_scalers(graph)",
+        ("columns",),
+    ),
 )
 
 
