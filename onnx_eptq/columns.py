@@ -10,14 +10,16 @@ MOST = 512  # columns; a longer axis holds positions or classes, which are of on
 LEVELS = 255  # steps of an 8-bit grid
 NOISE = 1e-6  # of a column's magnitude: what moves less is constant
 INPUT_STEPS = 16  # that a column of an input covers, at least, where one grid serves all of them;
-UNLIKE = 16.0  # times as far as half of the samples reach the farthest: that many steps fewer are left for those
 OUTPUT_STEPS = 4  # and of an output, behind which nothing can add to the loss
+UNLIKE = (
+    16.0  # times as far as half of the samples the farthest reaches: so many times fewer steps are left for that half
+)
 
 Array = np.ndarray
 
 
 class Columns:
-    """Ranges of the columns of one value, taken while batches go by.
+    """Ranges of the columns of one value, and sizes of its samples, taken while batches go by.
 
     Columns lie along axis 1 or the last one, whichever is shorter; the first axis counts samples.
     """
