@@ -481,8 +481,7 @@ def open_batches(graph: gs.Graph, data: Any, config: Config) -> sources.Batches:
 def find_uneven(
     graph: gs.Graph, source: onnx.ModelProto | Path, batches: sources.Batches
 ) -> tuple[dict[str, Columns], list[str]]:
-    """The inputs and outputs whose columns differ so much in scale that one grid would lose the small ones, with what was seen;
-    and the names of those whose samples differ so in size.
+    """What one grid would lose the small ones of: values whose columns differ in scale, and names of such whose samples do.
 
     Of outputs that are shares or scores, small columns are what they should be. Samples of outputs count where those of an
     input differ, too: a series that was brought to one size and is brought back.
