@@ -726,41 +726,57 @@ class _Planner:
         self.plan[tensor.name] = point
 
     def join(self, node: gs.Node) -> None:
-        """Let the inputs that only this Concat reads share its output's grid: one rounding instead of two."""
+        """Let what only joins read share this Concat's output's grid: one rounding instead of two, and none in a state's loop."""
         output = node.outputs[0]
         if not op_of(node).joins or output.name not in self.plan or self.plan[output.name].tied_to:
             return
-        group = [
-            t.name for t in node.inputs if t.name in self.plan and len(t.outputs) == 1 and id(t) not in self.outputs
-        ]
-        bits = self.plan[output.name].grid
-        group = [
-            n
-            for n in group
-            if self.plan[n].role == "activation" and not self.plan[n].tied_to and self.plan[n].grid == bits
-        ]
+        grid = self.plan[output.name].grid
+        roots = {tensor.name: self.plan.root(tensor.name) for tensor in node.inputs if tensor.name in self.plan}
+        roots = {name: root for name, root in roots.items() if root.role == "activation" and root.grid == grid}
+        every = all(tensor.name in roots for tensor in node.inputs)
+        group = {root.value for root in roots.values()}
+        if not every or len(group) > 1:  # else they are on one grid already
+            group = {roots[t.name].value for t in node.inputs if t.name in roots and self.only_joins(t)}
+        same = every and all(root.value in group for root in roots.values())
         if not group:
             return
-        group.sort(
-            key=list(self.plan).index
-        )  # the one computed first holds the parameters: the others are built after it
-        members = [self.plan[name] for name in [*group, output.name]]
-        lows, highs = zip(*(member.limits for member in members[:-1]), strict=True)
-        whole = len(group) == len(node.inputs)
+        # The one computed first holds the parameters: the others are built after it.
+        holder, *others = (value for value in self.plan if value in group)
+        members = [self.plan[value] for value in (holder, *others)]
+        lows, highs = zip(*(member.limits for member in members), strict=True)
         shared = replace(
             members[0],
             limits=(
-                None if None in lows or not whole else min(lows),
-                None if None in highs or not whole else max(highs),
+                None if None in lows or not same else min(lows),
+                None if None in highs or not same else max(highs),
             ),
-            whole_range=any(member.whole_range for member in members),
+            whole_range=any(member.whole_range for member in (*members, self.plan[output.name])),
             reach=max(member.reach for member in members),
         )
-        for name, point in list(self.plan.items()):
-            if name in (*group[1:], output.name) or point.tied_to in group[1:]:
-                moved = whole if name == output.name else point.moved
-                self.plan[name] = replace(shared, value=name, tied_to=group[0], moved=moved)
-        self.plan[group[0]] = shared
+        for value, point in list(self.plan.items()):
+            if value in (*others, output.name) or point.tied_to in group:
+                moved = same if value == output.name else point.moved
+                self.plan[value] = replace(shared, value=value, tied_to=holder, moved=moved)
+        self.plan[holder] = shared
+
+    def only_joins(self, tensor: gs.Tensor) -> bool:
+        """Whether what a value moves from is read, moved or not, by nothing but operators that join values."""
+        while self.plan[tensor.name].moved and _only_moves(tensor.inputs[0]):
+            tensor = tensor.inputs[0].inputs[0]
+        values = [tensor]
+        for value in values:
+            if id(value) in self.outputs:
+                return False
+            for reader in value.outputs:
+                if is_op(reader, "Shape", "Size"):
+                    continue
+                if id(reader) not in self.nodes or id(reader) in self.region:
+                    return False
+                if _only_moves(reader) and reader.inputs[0] is value:
+                    values += reader.outputs
+                elif not op_of(reader).joins:
+                    return False
+        return True
 
     def constants(self, node: gs.Node) -> None:
         """Constant operands of elementwise operators that run on integers."""

@@ -246,6 +246,51 @@ def test_concat_input_with_another_reader_keeps_its_grid():
     assert not plan["y"].moved  # what comes from `a` has to be rounded
 
 
+def test_values_that_are_moved_to_joins_only_share_their_grid():
+    proto = body(
+        "t = Transpose <perm=[0,1,3,2]> (a)  u = Conv(x, w1)  v = Relu(u)  y = Concat <axis=1> (t, v)", w1=W(4, 4, 1, 1)
+    )
+    plan = make_plan(raw(proto), ORT_TARGET)
+    assert plan["v"].tied_to == plan["t"].tied_to == plan["y"].tied_to == "a"
+    assert plan["y"].moved
+    assert plan["a"].whole_range
+
+
+@pytest.mark.parametrize("more", ["q = Conv(a, w1)  r = Relu(q)", "q = Sin(a)", "q = Transpose(a)  r = Conv(q, w1)"])
+def test_values_that_others_read_keep_their_grid_though_moved_to_a_join(more):
+    moved = "t = Transpose <perm=[0,1,3,2]> (a)  u = Conv(x, w1)  v = Relu(u)  y = Concat <axis=1> (t, v)"
+    plan = make_plan(raw(body(f"{more}  {moved}", w1=W(4, 4, 1, 1))), ORT_TARGET)
+    assert plan["v"].tied_to is None
+    assert plan["t"].tied_to == "a"
+    assert plan["y"].tied_to == "v"
+    assert not plan["y"].moved
+
+
+def test_what_is_taken_apart_and_joined_again_needs_no_other_grid():
+    proto = body("u, v = Split <axis=1> (a, s)  q = Relu(u)  y = Concat <axis=1> (v, u)", s=i64(2, 2))
+    plan = make_plan(raw(proto), ORT_TARGET)
+    assert plan["y"].tied_to == "a"
+    assert plan["y"].moved
+    assert plan["a"].whole_range
+
+
+STACKED = """(float[N,1,8] x, float[N,2,T,8] past) => (float[N,1,8] y, float[N,2,T1,8] present) {
+  k0 = MatMul(x, w0)  p0 = Gather <axis=1> (past, zero)  all0 = Concat <axis=1> (p0, k0)  length = Shape(past)
+  a0 = ReduceMean <axes=[1]> (all0)  x1 = Add(x, a0)
+  k1 = MatMul(x1, w1)  p1 = Gather <axis=1> (past, one)  all1 = Concat <axis=1> (p1, k1)
+  a1 = ReduceMean <axes=[1]> (all1)  y = Add(x1, a1)
+  s0 = Unsqueeze(all0, ones)  s1 = Unsqueeze(all1, ones)  present = Concat <axis=1> (s0, s1)
+}"""
+
+
+def test_a_state_of_stacked_layers_stays_on_its_grid_from_step_to_step():
+    constants = {"w0": W(8, 8), "w1": W(8, 8), "zero": np.int64(0), "one": np.int64(1), "ones": i64(1)}
+    plan = make_plan(raw(parse(STACKED, opset=17, **constants)), ORT_TARGET)
+    on_it = [value for value, point in plan.items() if point.tied_to == "past"]
+    assert set(on_it) == {"p0", "p1", "k0", "k1", "all0", "all1", "s0", "s1", "present"}
+    assert all(plan[value].moved for value in on_it if not value.startswith("k"))
+
+
 def test_concat_inputs_of_other_widths_keep_their_grid():
     proto = body(CONCAT.format(order="a, v", more=""), w1=W(4, 4, 1, 1))
     plan = make_plan(raw(proto), ORT_TARGET, Rules(bits={"v": 4}))
