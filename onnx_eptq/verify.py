@@ -170,7 +170,7 @@ def _codes_names(model: onnx.ModelProto) -> dict[str, str]:
         if node.op_type != "DequantizeLinear" or node.input[0] in constants:
             continue
         origin = producer[node.input[0]]
-        origin = producer[origin.input[0]] if origin.op_type == "Min" else origin
+        origin = producer[origin.input[0]] if origin.op_type == "Clip" else origin
         if origin.op_type == "QuantizeLinear":
             names[node.output[0]] = node.input[0]
             names[origin.input[0]] = node.input[0]  # a network input keeps its name on the float side
@@ -455,7 +455,7 @@ class _Optimized:
         self.producers = {}
         for value, codes in self.names.items():
             node = made[codes]
-            node = made.get(node.input[0], node) if node.op_type == "Min" else node  # narrow grids end in a Min
+            node = made.get(node.input[0], node) if node.op_type == "Clip" else node  # narrow grids end in one
             self.producers[value] = node.op_type
         self.kernels: dict[str, int] = {}
         for node in optimized.graph.node:

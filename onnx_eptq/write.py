@@ -41,7 +41,7 @@ class Writer:
         self.tensors = graph.tensors()
         self.simulated = {id(node) for node in graph.nodes if not op_of(node).island}
         self.taken = set(self.tensors) | {node.name for node in graph.nodes}
-        self.shared: dict[str, gs.Constant] = {}
+        self.shared: dict[str, gs.Tensor] = {}
         self.readers: dict[str, set[str]] = {}  # of what is shared: the values it was asked for by
         self.owners: dict[str, str] = {}  # of nodes and initializers: the value, or the key of what is shared
         # Numbers for short names: a value's is the same whatever the widths, as names are bytes that budgets count.
@@ -59,13 +59,13 @@ class Writer:
         """A new initializer."""
         return gs.Constant(self.name(wanted), np.array(values, order="C"))
 
-    def common(self, key: str, values: np.ndarray) -> gs.Constant:
+    def common(self, key: str, values: np.ndarray) -> gs.Tensor:
         """An initializer that all who ask for `key` share."""
         if key not in self.shared:
             self.share(key, self.constant(key, values))
         return self.share(key)
 
-    def zeros(self, dtype: str, shape: tuple[int, ...]) -> gs.Constant:
+    def zeros(self, dtype: str, shape: tuple[int, ...]) -> gs.Tensor:
         """A shared zero point of all zeros."""
         key = f"zero_point_{dtype}_{'x'.join(map(str, shape)) or 'scalar'}"
         if DTYPES[dtype].onnx not in SUB_BYTE:
@@ -75,13 +75,20 @@ class Writer:
             self.share(key, graphs.packed_constant(self.name(key), codes, DTYPES[dtype].onnx))
         return self.share(key)
 
-    def share(self, key: str, constant: gs.Constant | None = None) -> gs.Constant:
-        """The initializer under that key, a new one when given; notes who asks."""
-        if constant is not None:
-            self.shared[key] = constant
-            self.owners[constant.name] = key
+    def share(self, key: str, tensor: gs.Tensor | None = None) -> gs.Tensor:
+        """The initializer, or the output of a node of its name, under that key, a new one when given; notes who asks."""
+        if tensor is not None:
+            self.shared[key] = tensor
+            self.owners[tensor.name] = key
         self.readers.setdefault(key, set()).add(self.value)
         return self.shared[key]
+
+    def widened(self, table: gs.Tensor) -> gs.Tensor:
+        """A shared initializer as int32, by one Cast for all who ask."""
+        key = f"{table.name}_int32"
+        if key not in self.shared:
+            self.share(key, self.node("Cast", key, [table], to=DTYPES["int32"].onnx))
+        return self.share(key)
 
     def node(
         self, op: str, name: str, inputs: list[gs.Tensor], output: gs.Variable | None = None, **attrs: object
@@ -111,9 +118,12 @@ class Writer:
             for reader in readers:
                 _replace_input(reader, value, restored)
         codes = self.node("QuantizeLinear", f"{value.name}_quantized", [source, *self.parameters(root)])
-        if point.grid.bits < 8:  # no runtime executes narrower activations, but an integer Min keeps its kernels usable
+        if (
+            point.grid.bits < 8
+        ):  # no runtime executes narrower activations, but an integer Clip keeps its kernels usable
             limit = self.common(f"qmax_{point.grid.qmax}", np.array(point.grid.qmax, np.uint8))
-            codes = self.node("Min", f"{value.name}_limited", [codes, limit])
+            # Not a Min, which ONNX Runtime has for uint8 only since 1.24, and which OpenVINO leaves outside of its kernels.
+            codes = self.node("Clip", f"{value.name}_limited", [codes, gs.Variable.empty(), limit])
         shielded = [(node, channels) for node in restored.outputs if (channels := self.float_channels(node, restored))]
         alone = len(shielded) == len(restored.outputs) and not self.leaves(restored)
         plain = shielded[0][1] if shielded and alone else None
@@ -230,11 +240,15 @@ def _lut(writer: Writer, name: str, codes: np.ndarray, grid: Grid) -> gs.Tensor:
     table = graphs.unpack(bytes(range(256)), width, (256, 8 // width), not planes).astype(np.int8)
     prefix = f"lut{writer.numbers[name]}"
     index = writer.node("Cast", f"{prefix}_index", [writer.constant(f"{name}_packed", packed)], to=DTYPES["int32"].onnx)
-    values = writer.node("Gather", f"{prefix}_values", [writer.common(f"table_{unit}", table), index])
-    if planes:  # in int32: runtimes neither multiply nor add int8
-        wide = writer.node("Cast", f"{prefix}_wide", [values], to=DTYPES["int32"].onnx)
+    rows = writer.common(f"table_{unit}", table)
+    if (
+        planes
+    ):  # in int32: runtimes neither multiply nor add int8; a Cast behind each Gather would keep OpenVINO from folding
+        rows = writer.widened(rows)
+    values = writer.node("Gather", f"{prefix}_values", [rows, index])
+    if planes:
         places = writer.common("bit_values", np.array(planes, np.int32).reshape(-1, 1, 1))
-        terms = writer.node("Mul", f"{prefix}_terms", [wide, places])
+        terms = writer.node("Mul", f"{prefix}_terms", [values, places])
         total = writer.node("ReduceSum", f"{prefix}_sum", [terms, writer.common("bit_axis", np.array([0]))], keepdims=0)
         values = writer.node("Cast", f"{prefix}_codes", [total], to=DTYPES["int8"].onnx)
     if count % (8 // width):
