@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -223,7 +224,6 @@ def quantize(
     """
     _log(verbose, quiet)
     given = _given(locals())
-    _check_texts({"--plan-out": plan_out, "--save-config": save_config}, {"the model": model, "-o": output})
     try:
         flags = _Flags(dry_run, strict, resume, as_json, quiet)
         _run(model, data, output, given, (plan_in, plan_out), config, save_config, flags)
@@ -303,21 +303,28 @@ def _run(
     save_config: Path | None,
     flags: _Flags,
 ) -> None:
-    """Import what is slow only now, so that help and wrong usage answer at once."""
-    from onnx_eptq import pipeline
+    """Import what is slow only when it is needed, so that help and wrong usage answer at once."""
     from onnx_eptq.config import Config
+
+    config = Config.load(config_file, **given) if config_file else Config.make(**given)
+    plan_in, plan_out = plans
+    if plan_in and {"weight_bits", "act_bits"} & given.keys():
+        raise UsageError("the plan that is given says every width already; edit it instead of giving -w or -a")
+    kind = "quantized" if plan_in else "mixed" if config.budgets else f"int{config.weight_bits}"
+    output = output or model.with_name(f"{model.stem}_{kind}.onnx")
+    table = Path(config.cost_table) if config.cost_table else None
+    read = {"the model": model, "the data": data, "--plan-in": plan_in, "--config": config_file, "--cost-table": table}
+    texts = {"--plan-out": plan_out, "--save-config": save_config}
+    _check_files(read, {"-o": output, **texts})
+    _check_writable(texts)
+
+    from onnx_eptq import pipeline
     from onnx_eptq.plan import Plan
     from onnx_eptq.report import Phases, console
 
-    config = Config.load(config_file, **given) if config_file else Config.make(**given)
+    plan = Plan.from_json(_read(plan_in)) if plan_in else None
     if save_config:
         config.save(save_config)
-    plan_in, plan_out = plans
-    plan = Plan.from_json(_read(plan_in)) if plan_in else None
-    if plan and {"weight_bits", "act_bits"} & given.keys():
-        raise UsageError("the plan that is given says every width already; edit it instead of giving -w or -a")
-    kind = "quantized" if plan else "mixed" if config.budgets else f"int{config.weight_bits}"
-    output = output or model.with_name(f"{model.stem}_{kind}.onnx")
     phases = Phases(console(flags.quiet))
     options: dict[str, Any] = {"config": config, "plan": plan, "strict": flags.strict, "phases": phases}
     if flags.dry_run:
@@ -418,21 +425,24 @@ def _read(path: Path) -> str:
         raise UsageError(f"cannot read {path}: {error}") from None
 
 
-def _check_texts(texts: Mapping[str, Path | None], models: Mapping[str, Path | None]) -> None:
-    """Raise UsageError where a text file could not be written, or would replace another file of the run."""
-    taken = {path.resolve(): option for option, path in models.items() if path}
-    for option, path in texts.items():
-        if path is None:
-            continue
+def _check_files(read: Mapping[str, Path | None], written: Mapping[str, Path | None]) -> None:
+    """Raise UsageError where a file of the run would replace another one; `check_output` knows the model and the data."""
+    taken = {path.resolve(): option for option, path in read.items() if path}
+    for option, path in written.items():
+        other = taken.setdefault(path.resolve(), option) if path else option
+        if other != option and (option, other) not in (("-o", "the model"), ("-o", "the data")):
+            raise UsageError(f"{option} and {other} name the same file {path}; choose another name")
+
+
+def _check_writable(texts: Mapping[str, Path | None]) -> None:
+    """Raise UsageError where a text file could not be written."""
+    for path in filter(None, texts.values()):
         if path.is_dir():
             raise UsageError(f"cannot write {path}: it is a folder")
         if not path.absolute().parent.is_dir():
             raise UsageError(f"cannot write {path}: its folder does not exist")
         if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
             raise UsageError(f"cannot write {path}: no permission")
-        other = taken.setdefault(path.resolve(), option)
-        if other != option:
-            raise UsageError(f"{option} and {other} name the same file {path}; choose another name")
 
 
 def _write(path: Path, text: str) -> None:
@@ -509,6 +519,7 @@ explorer.command(name="sensitivity", epilog=EXIT_CODES)(_with_options_of_quantiz
 
 def main() -> None:
     """Entry point: run the command, turn errors into one line and an exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing half-written stays behind then, either
     try:
         if sys.argv[1:2] == ["sensitivity"]:
             explorer(sys.argv[2:], prog_name="onnx-eptq sensitivity")
@@ -516,3 +527,10 @@ def main() -> None:
     except EptqError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except (
+        OSError
+    ) as error:  # of a name that is too long, for example; what fails at its work has been caught where it does
+        if error.filename is None:
+            raise
+        typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
+        sys.exit(UsageError.exit_code)

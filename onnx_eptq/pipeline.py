@@ -75,6 +75,7 @@ SMALL = 1024  # elements of a sample: of smaller ones, more are looked at where
 COLUMN_SAMPLES, FEW_COLUMN_SAMPLES = 64, 16  # the columns of inputs and outputs are compared
 ALIKE = 8  # samples that are compared: if they are the same, so may be all
 UNSEEN = 0.5  # a score of 0 to 1 whose largest one is below was calibrated on samples without what it looks for
+PREPARED_SQNR = 30.0  # dB; below, it is not for rounding in another order that a prepared model differs from its source
 LOW_AGREEMENT = 75.0  # %; below, the largest score is another one too often
 MEASURED_WITH = ("sensitivity", "seed", "calibration", "bias_correction", "cache_mb", "batch_size")
 MANY_NOTES = 0.1  # of the file
@@ -209,7 +210,7 @@ def begin(
     target = choose_target(config)
     check_device(config)
     if output is not None:
-        check_output(output, model)
+        check_output(output, model, data)
     with phases("prepare"):
         graph = graphs.load(model)
         source = Path(model) if isinstance(model, str | os.PathLike) else graphs.to_model(graphs.copy(graph))
@@ -367,10 +368,15 @@ def check_device(config: Config) -> None:
         raise UsageError(f"device '{config.device}' cannot be used ({reason}); use --device cpu") from None
 
 
-def check_output(output: str | os.PathLike[str], model: Model) -> None:
+def check_output(output: str | os.PathLike[str], model: Model, data: Any = None) -> None:
     """Raise OutputError when the file could not be written at the end."""
-    path = Path(output)
-    folder = path.absolute().parent
+    path = Path(os.path.realpath(output))  # of a link, what it leads to is replaced
+    folder = path.parent
+    kind = onnx.serialization.registry.get_format_from_file_extension(path.suffix)
+    if kind not in (None, "protobuf"):
+        raise OutputError(
+            f"the output {path} has the name of a {kind} file, but a binary ONNX file is written; let its name end in .onnx"
+        )
     if path.is_dir():
         raise OutputError(f"the output {path} is a folder; give a file name")
     if not folder.is_dir():
@@ -385,8 +391,9 @@ def check_output(output: str | os.PathLike[str], model: Model) -> None:
         raise OutputError(f"the output {path} cannot be written; choose another place")
     if path.exists() and not path.is_file():
         raise OutputError(f"the output {path} is no regular file; give a file name")
-    if isinstance(model, str | os.PathLike) and path.exists() and Path(model).exists() and path.samefile(model):
-        raise OutputError(f"the output {path} is the input model itself; choose another name")
+    for source, what in ((model, "the input model itself"), (data, "the calibration data itself")):
+        if isinstance(source, str | os.PathLike) and path.exists() and Path(source).exists() and path.samefile(source):
+            raise OutputError(f"the output {path} is {what}; choose another name")
 
 
 def check_weights_kept(output: str | os.PathLike[str], model: str | os.PathLike[str]) -> None:
@@ -570,7 +577,7 @@ def measured(job: Job) -> dict[str, tuple[float, int]]:
     """
     teacher, batch = mirror.build(job.graph).to(job.config.device), next(iter(job.batches.with_batch_size(1)))
     try:
-        return resources.elements(teacher, calibrate.feed(teacher, batch))
+        counts = resources.elements(teacher, calibrate.feed(teacher, batch))
     except (RuntimeError, IndexError, ValueError):
         problem = verify.complaint(job.source, batch)
         if problem is None:
@@ -579,6 +586,29 @@ def measured(job: Job) -> dict[str, tuple[float, int]]:
         raise DataError(
             f"the model cannot compute the first samples ({shapes}): {problem}; check their sizes (--resize, --crop) and values"
         ) from None
+    job.report.warnings += changed_outputs(job, teacher, batch)
+    return counts
+
+
+def changed_outputs(job: Job, teacher: mirror.Mirror, batch: Mapping[str, np.ndarray]) -> list[str]:
+    """A warning for every output that the prepared graph computes otherwise than the model, before anything is quantized.
+
+    It should never come. But what is simulated and verified is the prepared graph, and only this holds it against the model.
+    """
+    try:
+        expected = verify.run(verify.session(job.source, "basic", 1), batch)
+    except VerificationError:  # which comparing the written file tells of
+        return []
+    with torch.no_grad():
+        values = teacher(*calibrate.feed(teacher, batch))
+    found = {name: value.cpu().numpy() for name, value in zip(teacher.output_names, values, strict=True)}
+    picked = selections(job.graph)
+    return [
+        f"output '{name}' of the prepared float model is only {decibel} dB from the model's own, before anything is quantized: "
+        "what is quantized is not quite your model; please report it with the model"
+        for name, decibel in verify.distances(expected, found).items()
+        if decibel < PREPARED_SQNR and name not in picked
+    ]
 
 
 def work_of_a_node(job: Job) -> float:

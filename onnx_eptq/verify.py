@@ -581,6 +581,13 @@ def measure_fidelity(
     return Fidelity(samples, noise.decibels(), agreement, sources, noise.masked(), worst)
 
 
+def distances(expected: Batch, found: Batch) -> dict[str, float]:
+    """Signal-to-noise ratio (dB) of every float output of one batch; of those whose shapes differ there is none."""
+    noise = _Noise()
+    noise.add(expected, {name: found[name] for name in expected})
+    return noise.decibels()
+
+
 def _agreeing(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray | None:
     """Where two outputs say the same: equal integers, or the same largest score along an axis, if there is one."""
     if a.dtype.kind != "f":

@@ -307,17 +307,37 @@ def test_a_config_with_numbers_for_names(tmp_path: Path) -> None:
 
 
 def test_files_of_a_run_never_replace_one_another(tmp_path: Path) -> None:
-    model, out = tmp_path / "m.onnx", tmp_path / "q.onnx"
+    model, out, data = tmp_path / "m.onnx", tmp_path / "q.onnx", tmp_path / "x.npy"
+    plan, config, table = (tmp_path / name for name in ("plan.json", "run.yaml", "costs.json"))
     shutil.copy(DIGITS, model)
+    np.save(data, np.zeros((2, 1, 8, 8), np.float32))
+    plan.write_text("{}")
+    config.write_text("seed: 1\n")
+    table.write_text('{"rows": []}')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    asked = ["--plan-in", plan, "--config", config, "--cost-table", table, "--max-cost", 5]
     for option in ("--plan-out", "--save-config"):
-        for path, other in ((model, "the model"), (out, "-o")):
-            run = cli(model, CALIB, "-o", out, option, path, *QUICK)
+        others = {"the model": model, "-o": out, "the data": data}
+        for other, path in {**others, "--plan-in": plan, "--config": config, "--cost-table": table}.items():
+            run = cli(model, data, "-o", out, option, path, *asked)
             assert run.returncode == 2
             assert f"{option} and {other} name the same file" in run.stderr
+    for other, path in (("--plan-in", plan), ("--config", config), ("--cost-table", table)):
+        run = cli(model, data, "-o", path, *asked)
+        assert run.returncode == 2
+        assert f"-o and {other} name the same file" in run.stderr
+    run = cli(model, data, "--plan-out", tmp_path / "m_int8.onnx", *QUICK)
+    assert "--plan-out and -o name the same file" in run.stderr
     run = cli(model, CALIB, "-o", out, "--plan-out", tmp_path / "p", "--save-config", tmp_path / "p", *QUICK)
     assert "--save-config and --plan-out name the same file" in run.stderr
-    assert model.read_bytes() == DIGITS.read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"m.onnx"}
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_name_that_is_too_long_is_said(tmp_path: Path) -> None:
+    run = cli(DIGITS, CALIB, "--plan-out", tmp_path / ("p" * 300), *QUICK)
+    assert run.returncode == 2
+    assert "File name too long" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_an_output_that_is_no_regular_file_is_refused_and_a_link_is_followed(tmp_path: Path) -> None:

@@ -366,16 +366,40 @@ def test_settings_are_checked_first(settings: dict[str, object], message: str) -
 def test_outputs_are_checked_first(tmp_path: Path) -> None:
     copy = tmp_path / "copy.onnx"
     copy.write_bytes(DIGITS.read_bytes())
+    link = tmp_path / "link.onnx"
+    link.symlink_to(tmp_path / "no" / "such.onnx")
     for output, message in (
         (copy, "is the input model itself"),
         (tmp_path, "is a folder"),
         (tmp_path / "no" / "such.onnx", "folder .* does not exist"),
+        (link, "folder .* does not exist"),
+        (tmp_path / "q.pbtxt", "has the name of a textproto file"),
+        (tmp_path / "q.json", "has the name of a json file"),
     ):
         with pytest.raises(OutputError, match=message):
             quantize(copy, CALIB, output)
     with pytest.raises(DataError):
         quantize(copy, tmp_path / "nowhere", tmp_path / "q.onnx")
+    data = tmp_path / "x.npy"
+    np.save(data, np.zeros((2, 1, 8, 8), np.float32))
+    with pytest.raises(OutputError, match="is the calibration data itself"):
+        quantize(copy, data, data)
     assert copy.read_bytes() == DIGITS.read_bytes()
+
+
+def test_a_model_that_preparation_changed_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = pipeline.prepare
+
+    def change(graph: gs.Graph) -> dict[str, int]:
+        changes = prepare(graph)
+        weight = next(node.inputs[1] for node in graph.nodes if node.op == "Conv")
+        weight.values = weight.values * np.float32(1.2)
+        return changes
+
+    monkeypatch.setattr(pipeline, "prepare", change)
+    job = pipeline.begin(DIGITS, CALIB, method="rtn")
+    (warning,) = job.report.warnings
+    assert "of the prepared float model is only" in warning
 
 
 def test_config_round_trip(tmp_path: Path) -> None:

@@ -184,6 +184,9 @@ example("fold_constants", V + "{ a = Transpose(w)\n b = Transpose(w)\n h = MatMu
         "MatMul MatMul", w=rand(4, 4))  # fmt: skip
 example("fold_constants", V + "{ a, c = Split<axis = 0, num_outputs = 2>(w)\n h = Mul(x, a)\n y = Mul(h, c) }",
         "Mul Mul", w=rand(2, 4))  # fmt: skip
+example("fold_constants", V + "{ a = ConstantOfShape<value: tensor = float[1] {3}>(s)\n"
+        "b = ConstantOfShape<value: tensor = float[1] {5}>(s)\n h = Mul(x, a)\n y = Add(h, b) }",
+        "Mul Add", s=vec(4))  # fmt: skip
 
 example("fold_shapes", "(float[N,3,4,4] x) => (float[N,48] y)"
         "{ s = Shape(x)\n a = Gather(s, i)\n b = Unsqueeze(a, i1)\n c = Concat<axis = 0>(b, m)\n y = Reshape(x, c) }",

@@ -166,7 +166,8 @@ def fold_constants(graph: gs.Graph) -> int:
         folds = node.domain in og.STANDARD_DOMAINS and node.op not in _UNFOLDABLE and inputs
         if not folds or any(v is None for v in values) or any(id(t) in kept for t in node.outputs):
             continue
-        key = (node.op, repr(sorted(node.attrs.items())), *(id(t) for t in node.inputs))
+        attributes = sorted(a.SerializeToString() for a in OnnxExporter.export_node(node).attribute)
+        key = (node.op, *attributes, *(id(t) for t in node.inputs))
         if key not in done:
             results = _evaluate(node, graph.opset)
             limit = max(_FOLDED_BYTES, sum(v.nbytes for v in values if v is not None))
