@@ -838,7 +838,18 @@ class _Planner:
             for tensor in node.outputs:
                 self.activation(tensor)
             self.join(node)
+        self.check_overrides()
         return self.plan
+
+    def check_overrides(self) -> None:
+        """Raise UsageError for bits of what has no quantizer to take them."""
+        taking = {value for value, point in self.plan.items() if point.role != "bias"}
+        taking |= {layer.node.name for layer in self.layers if layer.weight.name in self.plan}
+        for pattern in self.rules.bits:
+            if not any(fnmatchcase(name, pattern) for name in taking):
+                raise UsageError(
+                    f"the bit override '{pattern}' matches no layer and no tensor that is quantized; --dry-run lists them"
+                )
 
 
 def _is_single(node: gs.Node) -> bool:
@@ -966,9 +977,13 @@ def check_rules(graph: gs.Graph, target: Target, rules: Rules) -> None:
             raise UsageError(
                 f"target '{target.name}' stores {_spell(wanted)} bits there, not {bits} (override '{pattern}')"
             )
+    biases = {layer.bias.name for layer in linear_layers(graph) if layer.bias is not None}
     for pattern in rules.keep_float:
-        if not any(fnmatchcase(name, pattern) for name in values | nodes | {node.op for node in graph.nodes}):
+        matched = {name for name in values | nodes | {node.op for node in graph.nodes} if fnmatchcase(name, pattern)}
+        if not matched:
             raise UsageError(f"--keep-float '{pattern}' matches no layer, operator or tensor of the model")
+        if matched <= biases:
+            raise UsageError(f"--keep-float '{pattern}' names a bias, which follows its layer; name the layer")
 
 
 def _spell(widths: Sequence[int]) -> str:
@@ -980,6 +995,11 @@ def check_plan(graph: gs.Graph, target: Target, plan: Plan) -> None:
     tensors = graph.tensors()
     layers = {layer.weight.name: layer for layer in linear_layers(graph)}
     place = {item.value: index for index, item in enumerate(walk(graph, plan)) if isinstance(item, QuantPoint)}
+    sources: dict[str, list[tuple[str, str]]] = {}  # of a bias: the values whose scales make its own
+    for layer in linear_layers(graph):
+        if layer.bias is not None and layer.source.name in plan:
+            source = plan[layer.source.name]
+            sources.setdefault(layer.bias.name, []).append((source.tied_to or source.value, layer.weight.name))
     for value, point in plan.items():
         stored = target.bits_of(layers[value].node.op) if value in layers else target.weight_bits
         allowed: Sequence[int] = {"weight": stored, "bias": (BIAS_BITS,)}.get(point.role, target.activation_bits)
@@ -1008,6 +1028,8 @@ def check_plan(graph: gs.Graph, target: Target, plan: Plan) -> None:
             or plan[point.scale_from[1]].role != "weight"
         ):
             problem = f"takes its scale from {point.scale_from}, which must be an activation and a weight"
+        elif point.role == "bias" and value in sources and point.scale_from not in sources[value]:
+            problem = f"takes its scale from {point.scale_from}, but its layer reads {sources[value][0]}"
         elif point.scale_from and point.grid.axis is None and plan[point.scale_from[1]].grid.axis is not None:
             problem = f"needs axis 0, as '{point.scale_from[1]}' has one scale per channel"
         elif point.tied_to and plan[point.tied_to].grid != point.grid:

@@ -545,7 +545,10 @@ REFUSED = {
     "activations of 16 bits": (Rules(act_bits=16), "activations of 2, 3, 4, 5, 6, 7, 8 bits, not 16"),
     "an override that matches nothing": (Rules(bits={"nothing*": 4}), r"'nothing\*' matches no layer"),
     "an override of 1 bit": (Rules(bits={"Conv*": 1}), r"not 1 \(override 'Conv\*'\)"),
+    "an override of a bias": (Rules(bits={"b1": 8}), "'b1' matches no layer and no tensor that is quantized"),
+    "an override of a layer kept float": (Rules(bits={"w2": 8}, keep_float=["w2"]), "'w2' matches no layer and no"),
     "keep_float that matches nothing": (Rules(keep_float=["Cnov"]), "'Cnov' matches no layer"),
+    "keep_float of a bias": (Rules(keep_float=["b1"]), "'b1' names a bias"),
 }
 
 
@@ -595,6 +598,7 @@ EDITS = {
     "activation as constant": ("e", {"role": "constant"}, "'e' is no constant"),
     "tied to nothing": ("g", {"tied_to": "nowhere"}, "'g' needs nowhere"),
     "scale from nothing": ("b1", {"scale_from": ("image", "nowhere")}, "'b1' needs .*nowhere"),
+    "scale from another layer": ("b2", {"scale_from": ("image", "w1")}, "'b2' takes its scale from .*its layer reads"),
     "tied to another grid": ("g", {"grid": Grid(4, False)}, "'g' is tied to 'f', whose grid differs"),
     "tied to what is tied": ("logits", {"tied_to": "g"}, "'logits' is tied to 'g'"),
     "tied to what comes later": ("c", {"tied_to": "e"}, "'c' is tied to 'e'"),
