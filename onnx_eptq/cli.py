@@ -84,7 +84,9 @@ def quantize(
     storage: Annotated[
         str | None, option(QUANT, "How weights of 4 bits and less are stored: int8, int4, cast, lut [the target's]")
     ] = None,
-    opset: Annotated[int | None, option(QUANT, "Opset of the file: 21, or 13 without 4-bit tensors [21]")] = None,
+    opset: Annotated[
+        int | None, option(QUANT, "Opset of the file, 13 to 21; below 21 without 4-bit tensors [21]")
+    ] = None,
     strip_notes: Annotated[
         bool | None,
         option(

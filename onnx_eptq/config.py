@@ -46,7 +46,9 @@ class Config(BaseModel):
     storage: Literal["int8", "int4", "cast", "lut"] | None = Field(
         None, description="How weights of 4 bits and less are stored; the target's own choice by default"
     )
-    opset: Literal[13, 21] = Field(21, description="Opset of the file; 13 (IR 8) where no sub-byte type is in it")
+    opset: int = Field(
+        21, ge=13, le=21, description="Opset of the file; 13 to 20 (IR 8 or 9) where no sub-byte type is in it"
+    )
     calibration: Literal["hmse", "mse", "minmax", "percentile", "entropy"] = Field(
         "hmse", description="How activation ranges are chosen: hmse (squared error weighted by LFH) or another"
     )

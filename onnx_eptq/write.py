@@ -275,7 +275,7 @@ def write(
         plan: where quantizers sit.
         quantized: integers and parameters of every planned value, as `Mirror.export` returns them.
         storage_of: storage form (a key of `STORAGE`) per weight width in bits.
-        opset: 21, or 13 for runtimes that know nothing newer (no sub-byte types there).
+        opset: 21, or 13 and more for older runtimes (no sub-byte types there).
         metadata: entries for the model's metadata_props.
 
     Raises:
@@ -302,9 +302,14 @@ def _written(
                 writer.stored(item, storage_of[item.grid.bits] if item.role == "weight" else "int8")
     if opset < writer.graph.opset:
         lower_opset(writer.graph, opset)
-    model = graphs.to_model(writer.graph, ir_version=10 if opset >= 21 else 8, metadata=metadata)
+    model = graphs.to_model(writer.graph, ir_version=ir_version_of(opset), metadata=metadata)
     _forget_shapes(model)
     return model, writer
+
+
+def ir_version_of(opset: int) -> int:
+    """The IR version that came with an opset, 13 to 25; never an older one than 8."""
+    return next(version for least, version in ((21, 10), (19, 9), (13, 8)) if opset >= least)
 
 
 @dataclass

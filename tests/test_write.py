@@ -175,6 +175,36 @@ def test_opset_13_computes_the_same(name, form):
             np.testing.assert_array_equal(values, expected[output])
 
 
+@pytest.mark.parametrize(("opset", "version"), [(15, 8), (17, 8), (18, 8), (19, 9), (20, 9)])
+@pytest.mark.parametrize("name", IN_PIECES)
+def test_opsets_in_between_keep_whole_what_they_have(name, opset, version):
+    case = cached(name, 4)
+    old = rewritten(case, "lut", opset=opset)
+    onnx.checker.check_model(old, full_check=True)
+    assert (old.opset_import[0].version, old.ir_version) == (opset, version)
+    kinds, wanted = ({node.op_type for node in model.graph.node} for model in (old, case.written))
+    for op, first in (("HardSwish", 14), ("LayerNormalization", 17), ("Gelu", 20)):
+        assert (op in kinds) == (op in wanted and first <= opset)
+    step = float(case.quantized[old.graph.output[0].name].qparams.scale)
+    expected = run_ort(rewritten(case, "lut"), case.batches[0])
+    for output, values in run_ort(old, case.batches[0]).items():
+        assert np.abs(values - expected[output]).max() < 1.5 * step
+        assert np.mean(values != expected[output]) < 0.02
+
+
+@pytest.mark.parametrize("opset", [13, 18, 20])
+def test_group_normalization_has_its_scales_of_channels_in_every_opset(opset):
+    """Before opset 21 the operator had them per group."""
+    text = "(float[N,4,5,5] x) => (float[N,4,5,5] y) { h = Conv(x, w) y = GroupNormalization <num_groups=2> (h, s, b) }"
+    numbers = weights(1)
+    found = quantize(parse(text, w=numbers(4, 4, 1, 1), s=numbers(4), b=numbers(4)))
+    old = rewritten(found, "int8", opset=opset)
+    onnx.checker.check_model(old, full_check=True)
+    expected = run_ort(rewritten(found, "int8"), found.batches[0])["y"]
+    step = float(found.quantized["y"].qparams.scale)
+    assert np.abs(run_ort(old, found.batches[0])["y"] - expected).max() < 1.5 * step
+
+
 @pytest.mark.parametrize("op", ["ReduceMean", "ReduceMax", "ReduceL2", "ReduceSum"])
 def test_opset_13_reduces_over_the_same_axes(op):
     text = f"(float[N,4,5] x) => (float[N,4,3] y) {{ h = MatMul(x, w) r = {op} <keepdims=1> (h, axes) y = Add(h, r) }}"

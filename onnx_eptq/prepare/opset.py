@@ -326,6 +326,8 @@ def _fits(node: gs.Node, opset: int) -> bool:
     if schema is None:
         return False
     present = len(node.inputs) <= schema.max_input and len(node.outputs) <= schema.max_output
+    if is_op(node, "GroupNormalization") and opset < 21:  # where it has a scale per group
+        return False
     younger = (_VALUES.get((node.op, name, value), 0) for name, value in node.attrs.items() if isinstance(value, str))
     if max(younger, default=0) > opset or (opset < 22 and _skips_ends(node)):
         return False
