@@ -861,10 +861,18 @@ def _is_single(node: gs.Node) -> bool:
 
 def _only_moves(node: gs.Node) -> bool:
     """Whether every element of the output is one of input 0, or a zero that was padded in (zero is on every grid)."""
-    fills = [
-        tensor for tensor in node.inputs[1:] if is_constant(tensor) and is_float(tensor) and np.size(tensor.values) == 1
-    ]
-    return role_of(node) == "same_grid" and all(float(np.asarray(fill.values).reshape(-1)[0]) == 0 for fill in fills)
+    others = [tensor for tensor in node.inputs[1:] if tensor.name and is_float(tensor)]
+    fills = [tensor for tensor in others if not is_constant(tensor) or np.size(tensor.values) == 1]
+    return role_of(node) == "same_grid" and all(_constant_scalar(fill) == 0 for fill in fills)
+
+
+def _is_on_grid(tensor: gs.Tensor, plan: Plan) -> bool:
+    """Whether what a value is made of lies on its grid already: its one source moves, or its sources join."""
+    (node,) = tensor.inputs or (None,)
+    if node is None or not (_only_moves(node) or op_of(node).joins):
+        return False
+    sources = [source.name for source in (node.inputs if op_of(node).joins else node.inputs[:1])]
+    return all(name in plan and (plan[name].tied_to or name) == plan[tensor.name].tied_to for name in sources)
 
 
 def _limits(producer: gs.Node | None) -> Limits:
@@ -1038,6 +1046,8 @@ def check_plan(graph: gs.Graph, target: Target, plan: Plan) -> None:
             problem = f"is tied to '{point.tied_to}', which is tied itself or comes later"
         elif point.moved and not point.tied_to:
             problem = "is moved, but tied to nothing"
+        elif point.moved and not _is_on_grid(tensors[value], plan):
+            problem = f"is moved, but is not made of what is on the grid of '{point.tied_to}' alone"
         if problem:
             raise UsageError(f"the plan does not fit the model: '{value}' {problem}")
     for layer in layers.values():

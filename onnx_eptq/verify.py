@@ -41,6 +41,7 @@ TIE = 2.0**-17  # of a value in steps: 64 units in the last place of float32
 _AVERAGING = (
     "Resize", "Upsample", "AveragePool", "GlobalAveragePool", "Mean", "Sum", "ReduceMean", "ReduceSum", "GridSample"
 )  # fmt: skip
+OFF_GRID = 1e-3  # steps that a value which is only moved may lie beside its grid
 LAST_BIT = 2.0**-22  # of a float32 result, and a little more
 FREE = 2  # elements per value that may be: a single tie in a small tensor is no fault
 INTEGER_LINEAR = {"QLinearConv", "QGemm", "QLinearMatMul"}
@@ -272,10 +273,17 @@ def _check_float(
             return x
         point = plan[value]
         qparams = student.qparams_of(point)
+        codes = quantize(x, qparams, point.grid)
+        away = (dequantize(codes, qparams, point.grid) - x).abs().amax() if point.moved and x.numel() else 0.0
+        if away > OFF_GRID * qparams.scale:  # the simulation would go on with values that the file rounds
+            raise VerificationError(
+                f"node {producer[value]}, value '{value}': the simulation takes it to be on the grid of '{point.tied_to}', and "
+                "it is not; this is a bug, please report it with the model"
+            )
         count, unexplained = _check_steps(
             value,
             producer[value],
-            quantize(x, qparams, point.grid).cpu(),
+            codes.cpu(),
             theirs[value],
             (x if point.moved else probe.raw).cpu() / qparams.scale.cpu(),
             value in averages,

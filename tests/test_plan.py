@@ -182,6 +182,10 @@ MOVES = {
 }
 CHANGES = {
     "Pad with 1": ("y = Pad(a, s, o)", {"s": i64(0, 0, 1, 1, 0, 0, 1, 1), "o": scalar(1)}),
+    "Pad with what is computed": (
+        "m = ReduceMax <keepdims=0> (a) y = Pad(a, s, m)",
+        {"s": i64(0, 0, 1, 1, 0, 0, 1, 1)},
+    ),
     "Resize": ("y = Resize <mode='linear'> (a, , s)".replace("'", '"'), {"s": f32(1, 1, 2, 2)}),
     "AveragePool": ("y = AveragePool <kernel_shape=[2,2]> (a)", {}),
     "GlobalAveragePool": ("y = GlobalAveragePool(a)", {}),
@@ -613,6 +617,8 @@ EDITS = {
     "weight as activation": ("w1", {"role": "activation", "grid": Grid(8, False)}, "'w1' "),
     "bias of one scale although its weight has many": ("b1", {"grid": Grid(32, True)}, "'b1' needs axis 0"),
     "moved but not tied": ("e", {"moved": True}, "'e' is moved"),
+    "moved although computed": ("e", {"moved": True, "tied_to": "c"}, "'e' is moved, but is not made of"),
+    "moved from another grid": ("g", {"moved": True, "tied_to": "c"}, "'g' is moved, but is not made of"),
     "no such role": ("e", {"role": "actvation"}, "'e' "),
 }
 

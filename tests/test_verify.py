@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,7 +17,9 @@ from onnx_eptq import grid as grids
 from onnx_eptq import verify
 from onnx_eptq import write as writers
 from onnx_eptq.errors import VerificationError
-from onnx_eptq.plan import Rules
+from onnx_eptq.mirror import build
+from onnx_eptq.plan import Plan, Rules
+from onnx_eptq.targets import TARGETS
 from onnx_eptq.verify import check_parity, measure_fidelity, session
 
 
@@ -332,6 +335,18 @@ def test_planted_fault_in_the_mirror():
     with torch.no_grad():
         found.student.constant("w2")[0, 0, 0, 0] += 0.5
     assert "node 'Conv_1'" in planted(lambda: check(found))
+
+
+def test_planted_fault_of_a_value_taken_to_be_moved():
+    """The simulation goes on with it unrounded, and the file rounds it: each value alone looks right."""
+    found = case("residual")
+    plan = Plan(found.plan, found.plan.floats)
+    plan["e"] = replace(plan["e"], moved=True, tied_to="c")
+    found.student = build(found.graph, plan, {v: found.student.qparams_of(p) for v, p in found.plan.items()})
+    found.plan, found.quantized = plan, found.student.export(plan)
+    found.written = writers.write(found.graph, plan, found.quantized, TARGETS["onnxruntime"].storage)
+    with pytest.raises(VerificationError, match="value 'e': the simulation takes it to be on the grid of 'c'"):
+        check(found)
 
 
 def test_planted_fault_in_the_exported_integers():
