@@ -150,7 +150,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _refuse_external(model: onnx.ModelProto) -> None:
-    outside = [t.name for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL]
+    outside = [tensor.name for tensor in _tensors(model.graph) if tensor.data_location == TensorProto.EXTERNAL]
     if outside:
         raise ModelError(
             f"The model's external data is not loaded ({len(outside)} weights, the first is '{outside[0]}'); "
@@ -863,10 +863,7 @@ def model_bytes(model: onnx.ModelProto) -> int:
 
 def file_bytes(path: Path) -> int:
     """Return the size of a model file and of the external data files that it names."""
-    model = onnx.load(path, load_external_data=False)
-    entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
-    names = {entry.value for entry in entries if entry.key == "location"}
-    return sum(part.stat().st_size for part in [path, *(path.parent / name for name in names)])
+    return sum(part.stat().st_size for part in [path, *data_files(path)])
 
 
 @dataclass(frozen=True)
@@ -947,9 +944,18 @@ def _output_errors(output: Path | None) -> Iterator[None]:
 
 def data_files(model: Path) -> list[Path]:
     """The files of external data that a model file names."""
-    held = onnx.load(model, load_external_data=False).graph.initializer
+    held = _tensors(onnx.load(model, load_external_data=False).graph)
     outside = (tensor for tensor in held if onnx.external_data_helper.uses_external_data(tensor))
     return sorted({model.parent / onnx.external_data_helper.ExternalDataInfo(tensor).location for tensor in outside})
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """All constants of a graph: initializers, attributes of nodes, and those of subgraphs."""
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from [attribute.t, *attribute.tensors]
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner)
 
 
 def _data_path(path: Path) -> Path:

@@ -530,17 +530,25 @@ def test_ranges_without_memory_for_gradients_are_plain_and_it_is_said() -> None:
     assert list(found.model.graph.initializer) == list(plain.model.graph.initializer)
 
 
-def with_external_weights(path: Path, seed: int) -> None:
+def with_external_weights(path: Path, seed: int, *, in_nodes: bool = False) -> None:
     model = models.parse(
         "(float[N,8] x) => (float[N,4] y) { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }",
         w=models.weights(seed)(8, 64),
         v=models.weights(seed + 1)(64, 4),
     )
-    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=16)
+    if in_nodes:
+        held = [helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in model.graph.initializer]
+        nodes = [*held, *model.graph.node]
+        del model.graph.initializer[:], model.graph.node[:]
+        model.graph.node.extend(nodes)
+    outside = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 16}
+    onnx.save(model, path, **outside, convert_attribute=in_nodes)
 
 
-def test_an_output_that_holds_the_models_weights_is_refused(tmp_path: Path) -> None:
-    with_external_weights(tmp_path / "m.onnx", 0)
+@pytest.mark.parametrize("in_nodes", [False, True])
+def test_an_output_that_holds_the_models_weights_is_refused(tmp_path: Path, in_nodes: bool) -> None:
+    with_external_weights(tmp_path / "m.onnx", 0, in_nodes=in_nodes)
+    assert graphs.file_bytes(tmp_path / "m.onnx") > 4 * (8 * 64 + 64 * 4)
     before = (tmp_path / "weights.bin").read_bytes()
     with pytest.raises(OutputError, match=r"would replace .*weights.bin"):
         quantize(tmp_path / "m.onnx", np.zeros((8, 8), np.float32), tmp_path / "weights.bin", threads=1)

@@ -596,6 +596,23 @@ def test_activations_are_known_by_constants_that_float16_has_rounded(form: str, 
         assert difference(model, og.to_model(graph)) < 1e-3
 
 
+@pytest.mark.parametrize("cap", ["y = Min(u, ten)", "y = Clip(u, low, ten)"])
+def test_activations_that_are_capped_far_out_keep_their_cap(cap: str) -> None:
+    lines = "a = Add(x, t)\n b = Clip(a, z, s)\n c = Mul(x, b)\n u = Div(c, s)\n" + cap
+    model = build(V + "{" + lines + "}", t=one(3), z=one(0), s=one(6), ten=one(10), low=one(-5))
+    graph = og.load(model)
+    prepare(graph)
+    assert "HardSwish" in ops(graph)
+    assert ops(graph)[-1] in ("Min", "Clip")
+
+
+def test_an_activation_with_its_cap_inside_is_another_function() -> None:
+    lines = "a = Add(x, t)\n b = Clip(a, z, s)\n c = Mul(x, b)\n d = Min(c, sixty)\n y = Div(d, s)"
+    graph = og.load(build(V + "{" + lines + "}", t=one(3), z=one(0), s=one(6), sixty=one(60)))
+    prepare(graph)
+    assert "HardSwish" not in ops(graph)
+
+
 @pytest.mark.parametrize(("name", "model", "expected"), [pytest.param(e[0], e[2], e[3], id=e[1]) for e in EXAMPLES])
 def test_pass_fires_keeps_outputs_and_settles(name, model, expected):
     graph = og.load(model)

@@ -41,7 +41,8 @@ SCALAR_FUNCTIONS: dict[str, Callable[..., Array]] = {
     "Clip": lambda x, low=-np.inf, high=np.inf: np.minimum(np.maximum(x, low), high),
     "HardSigmoid": lambda x, alpha=0.2, beta=0.5: np.clip(alpha * x + beta, 0, 1),
 }
-_GRID = np.linspace(-9, 9, 145)  # covers every bend of the functions below
+_FAR = np.array([12.0, 20, 40, 100, 300])  # where a cap would show; squares of exponentials are finite there
+_GRID = np.concatenate([-_FAR, np.linspace(-9, 9, 145), _FAR])  # covers every bend of the functions below
 _TANH_GELU = 0.5 * _GRID * (1 + np.tanh(math.sqrt(2 / math.pi) * (_GRID + 0.044715 * _GRID**3)))
 _ACTIVATIONS: tuple[tuple[str, dict[str, Any], Array], ...] = (
     ("Gelu", {}, 0.5 * _GRID * (1 + _ERF(_GRID / math.sqrt(2)))),
