@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
 import re
 import signal
@@ -389,7 +390,7 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "m
 def _amount(name: str, text: str) -> float:
     """A number with a unit: 300KB, 1.5MiB, 2G."""
     found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgt]i?)?b?", text.strip().lower())
-    if not found or (found[2] or "") not in UNITS:
+    if not found or (found[2] or "") not in UNITS or math.isinf(float(found[1])):
         raise UsageError(f"{name} takes a number, such as 300000, 300KB, 293KiB or 1.5G, not {text!r}")
     return float(found[1]) * UNITS[found[2] or ""]
 

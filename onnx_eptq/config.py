@@ -81,12 +81,14 @@ class Config(BaseModel):
     )
     solver_seconds: float = Field(60.0, gt=0, description="How long the choice of widths may take")
     keep_float: tuple[str, ...] = Field((), description="Layers, operators or tensors kept float, by name pattern")
-    num_samples: int | None = Field(None, ge=1, description="Calibration samples to use; all by default")
+    num_samples: int | None = Field(None, ge=1, lt=2**63, description="Calibration samples to use; all by default")
     random_calibration: bool = Field(False, description="Calibrate on random numbers when no data is given")
     random_shapes: dict[str, tuple[int, ...]] = Field(
         default_factory=dict, description="Shapes of random inputs, by name, where the model leaves sizes open"
     )
-    batch_size: int | None = Field(None, ge=1, description="Samples per batch; by the size of a sample by default")
+    batch_size: int | None = Field(
+        None, ge=1, lt=2**31, description="Samples per batch; by the size of a sample by default"
+    )
     preset: str = Field("unit", description="Image preprocessing by name")
     scale: float | None = Field(None, description="Factor on pixels of 0..255, before mean and std; 1/255 by default")
     mean: tuple[float, ...] | None = Field(None, description="Mean per channel, after the scale")
@@ -97,8 +99,10 @@ class Config(BaseModel):
     layout: Literal["nchw", "nhwc"] | None = Field(
         None, description="Axis order; read off the model's input by default"
     )
-    seed: int = Field(0, ge=0, description="Decides every random choice")
-    threads: int = Field(0, ge=0, description="CPU threads; 0: one per core, fewer for models too small for them")
+    seed: int = Field(0, ge=0, lt=2**63, description="Decides every random choice")
+    threads: int = Field(
+        0, ge=0, lt=2**15, description="CPU threads; 0: one per core, fewer for models too small for them"
+    )
     device: str = Field("cpu", description="Where the simulation runs: cpu, cuda, cuda:1")
 
     @property

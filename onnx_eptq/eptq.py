@@ -51,6 +51,7 @@ SPREADS = 8.0  # standard deviations of a channel that its bias is learned in un
 CHECKS = 8  # times per network-wide stage that the held-out samples are looked at
 CHECK_STEPS = 5  # steps between two such looks, at least: one costs as much as one or two steps
 DRAWING = threading.Lock()  # torch's own generator, which runs in other threads would draw from, too
+SEEDS = 2**63  # that torch's generators take
 CURVE = 50  # points of a recorded loss curve
 INTERVAL = 20.0  # seconds between checkpoints: what a killed run loses at most
 HESSIAN_SAMPLES = 64
@@ -811,7 +812,7 @@ class Learner:
         whole = stage.scope == "network"
         cache = self.cache if whole else Cache(steps * problem.effort.batch)
         running = self.running = _Piece(problem, self.student, stage, piece, first, ours, theirs, done, cache)
-        seed = problem.seed * 1_000_003 + self.stage * 10_007 + self.piece
+        seed = (problem.seed * 1_000_003 + self.stage * 10_007 + self.piece) % SEEDS
         order = _Order(len(running.ours[0]), problem.effort.batch, seed)
         if self.resume:
             self._restore_running(running, self.resume)
@@ -825,7 +826,9 @@ class Learner:
             index = order.next()
             if stage.activations == "drop":
                 with DRAWING, torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed * 65_537 + self.step)  # a resumed run draws what the whole one draws
+                    torch.manual_seed(
+                        (seed * 65_537 + self.step) % SEEDS
+                    )  # a resumed run draws what the whole one draws
                     loss = running.step(index, self.step, steps)
             else:
                 loss = running.step(index, self.step, steps)

@@ -638,6 +638,11 @@ def test_seeds_decide_everything():
     assert not all(torch.equal(states[0][key], states[2][key]) for key in states[0])
 
 
+@pytest.mark.parametrize("method", ["qdrop", "eptq"])
+def test_seeds_may_be_as_large_as_a_time_stamp(method):
+    learn(case("residual", 3, 4), method, steps=2, seed=20261122175500)
+
+
 def uninterrupted(name, method):
     found = case(name, 3, 4)
     learner = Learner(models.problem(found, method, steps=8), found.student)
