@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import os
 import re
 import signal
@@ -384,15 +383,13 @@ def _override(text: str) -> tuple[str, int | tuple[int, ...]]:
     return pattern, widths[0] if len(widths) == 1 else widths
 
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-
-
 def _amount(name: str, text: str) -> float:
-    """A number with a unit: 300KB, 1.5MiB, 2G."""
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgt]i?)?b?", text.strip().lower())
-    if not found or (found[2] or "") not in UNITS or math.isinf(float(found[1])):
-        raise UsageError(f"{name} takes a number, such as 300000, 300KB, 293KiB or 1.5G, not {text!r}")
-    return float(found[1]) * UNITS[found[2] or ""]
+    from onnx_eptq.config import amount
+
+    try:
+        return amount(text)
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}, not {text!r}") from None
 
 
 def _shapes(_: str, texts: Sequence[str]) -> dict[str, tuple[int, ...]]:

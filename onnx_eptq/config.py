@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +16,30 @@ from onnx_eptq.errors import UsageError
 BUDGETS = ("compression", "max_weight_bytes", "max_size", "max_activation_memory", "max_bops", "max_cost")
 
 
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def amount(text: str) -> float:
+    """A number with a unit: 300KB, 1.5MiB, 2G; raises ValueError."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgt]i?)?b?", text.strip().lower())
+    if not found or (found[2] or "") not in UNITS or math.isinf(float(found[1])):
+        raise ValueError("input should be a number, such as 300000, 300KB, 293KiB or 1.5G")
+    return float(found[1]) * UNITS[found[2] or ""]
+
+
+def _single(value: Any) -> Any:
+    """One thing where several may stand is a sequence of one."""
+    return (value,) if isinstance(value, str | int | float) else value
+
+
+def _numbers(value: Any) -> Any:
+    return tuple(value.split(",")) if isinstance(value, str) else _single(value)
+
+
+Size = Annotated[int, BeforeValidator(lambda value: int(amount(value)) if isinstance(value, str) else value)]
+Amount = Annotated[float, BeforeValidator(lambda value: amount(value) if isinstance(value, str) else value)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_single)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
 PathText = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
 
 
@@ -67,10 +93,10 @@ class Config(BaseModel):
     weight_choices: tuple[int, ...] = Field((), description="Bits that weights may have under a budget")
     act_choices: tuple[int, ...] = Field((), description="Bits that activations may have under a budget")
     compression: float | None = Field(None, gt=0, description="Budget: float32 bytes of the weights per stored byte")
-    max_weight_bytes: int | None = Field(None, gt=0, description="Budget: bytes of the stored weights")
-    max_size: int | None = Field(None, gt=0, description="Budget: bytes of the whole file")
-    max_activation_memory: int | None = Field(None, gt=0, description="Budget: bytes of activations alive at once")
-    max_bops: float | None = Field(None, gt=0, description="Budget: bit operations of one sample")
+    max_weight_bytes: Size | None = Field(None, gt=0, description="Budget: bytes of the stored weights")
+    max_size: Size | None = Field(None, gt=0, description="Budget: bytes of the whole file")
+    max_activation_memory: Size | None = Field(None, gt=0, description="Budget: bytes of activations alive at once")
+    max_bops: Amount | None = Field(None, gt=0, description="Budget: bit operations of one sample")
     cost_table: PathText | None = Field(None, description="JSON file that says what layers cost at which bits")
     max_cost: float | None = Field(None, gt=0, description="Budget: sum of the costs in cost_table")
     sensitivity: Literal["local", "output"] = Field(
@@ -80,7 +106,7 @@ class Config(BaseModel):
         None, description="Folder of measured sensitivities; the user's by default"
     )
     solver_seconds: float = Field(60.0, gt=0, description="How long the choice of widths may take")
-    keep_float: tuple[str, ...] = Field((), description="Layers, operators or tensors kept float, by name pattern")
+    keep_float: Names = Field((), description="Layers, operators or tensors kept float, by name pattern")
     num_samples: int | None = Field(None, ge=1, lt=2**63, description="Calibration samples to use; all by default")
     random_calibration: bool = Field(False, description="Calibrate on random numbers when no data is given")
     random_shapes: dict[str, tuple[int, ...]] = Field(
@@ -91,8 +117,8 @@ class Config(BaseModel):
     )
     preset: str = Field("unit", description="Image preprocessing by name")
     scale: float | None = Field(None, description="Factor on pixels of 0..255, before mean and std; 1/255 by default")
-    mean: tuple[float, ...] | None = Field(None, description="Mean per channel, after the scale")
-    std: tuple[float, ...] | None = Field(None, description="Standard deviation per channel, after the scale")
+    mean: Numbers | None = Field(None, description="Mean per channel, after the scale")
+    std: Numbers | None = Field(None, description="Standard deviation per channel, after the scale")
     resize: str | None = Field(None, description="Short side (256), or HxW to stretch")
     crop: str | None = Field(None, description="Centre crop: 224, or HxW")
     color: Literal["rgb", "bgr"] | None = Field(None, description="Channel order of the model")
@@ -148,7 +174,7 @@ class Config(BaseModel):
 
 
 def _complaint(item: Any) -> str:
-    name = str(item["loc"][0]) if item["loc"] else "settings"
+    name, problem = str(item["loc"][0]) if item["loc"] else "settings", str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         return f"there is no setting '{name}'"
-    return f"{name}: {str(item['msg'])[0].lower()}{str(item['msg'])[1:]}, found {item['input']!r}"
+    return f"{name}: {problem[0].lower()}{problem[1:]}, found {item['input']!r}"

@@ -101,7 +101,7 @@ def run_pass(name: str, graph: gs.Graph) -> int:
     """Run one pass on a graph with inferred shapes, tidy up after it, and return how many changes it made."""
     changes = PASSES[name](graph)
     if changes:
-        LOG.debug("%s: %d", name, changes)
+        LOG.info("%s: %d", name, changes)
         og.remove_dead(graph)
         og.infer_shapes(graph)
     return changes
