@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class State:
 def save(path: Path, state: State, fingerprint: str) -> None:
     """Write the file beside its final place first: whoever is killed meanwhile keeps the earlier one."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.tensors.items()}
-    staged = path.with_name(path.name + ".part")
+    staged = path.with_name(f"{path.name}.{os.getpid()}.part")  # another run may have the same output
     try:
         save_file(tensors, staged, {"fingerprint": fingerprint, "facts": json.dumps(state.facts)})
         staged.replace(path)
@@ -50,19 +51,42 @@ def load(path: Path, fingerprint: str) -> State:
     Raises:
         UsageError: the file is no checkpoint, or one of another model, data or settings.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    with _reading(path) as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
         facts = json.loads(metadata["facts"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UsageError(f"{path} is not a checkpoint that can be read ({error}); delete it and start anew") from error
     if metadata.get("fingerprint") != fingerprint:
         raise UsageError(
             f"the checkpoint {path} belongs to another model, data, plan or settings; repeat them as they were, or start "
             "anew without --resume"
         )
     return State(tensors, facts)
+
+
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raise UsageError for a file that is no checkpoint, or one of other settings, before what `load` compares is known."""
+    with _reading(path) as file:
+        of = json.loads((file.metadata() or {})["fingerprint"])["settings"]
+    differing = [f"{name} {of.get(name)}, not {value}" for name, value in settings.items() if of.get(name) != value]
+    if differing:
+        raise UsageError(
+            f"the checkpoint {path} belongs to a run with other settings ({'; '.join(differing)}); repeat them as they were, or "
+            "start anew without --resume"
+        )
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} is not a checkpoint that can be read ({error}); delete it and start anew") from error
+
+
+def mark(settings: Mapping[str, Any], parts: Iterable[bytes | str]) -> str:
+    """A fingerprint that tells the settings of its run, and beside them that of all else which decides the result."""
+    return json.dumps({"settings": dict(settings), "rest": fingerprint(parts)})
 
 
 def fingerprint(parts: Iterable[bytes | str]) -> str:

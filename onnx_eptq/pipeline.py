@@ -163,13 +163,15 @@ def quantize(
     job = begin(model, data, output, config=config, plan=plan, strict=strict, phases=phases, **settings)
     if resume and job.config.method == "rtn":
         raise UsageError("--resume goes on with learning, and --method rtn learns nothing; leave one of them out")
+    saved = None if output is None else Path(f"{os.fspath(output)}.checkpoint")
+    if resume and saved is not None and saved.exists():
+        checkpoint.check_settings(saved, job.config.model_dump(mode="json"))
     stats = None
     if job.groups:
         mixed, stats = explored(job, phases)
         job.plan, job.report.allocation = mixed.choose(**job.config.budgets)
         describe_plan(job)
     ready = calibrated(job, phases, stats)
-    saved = None if output is None else Path(f"{os.fspath(output)}.checkpoint")
     if job.config.method != "rtn":
         learned(job, ready, saved, resume, phases)
     written = finish(job, ready.student, output, phases)
@@ -384,7 +386,7 @@ def check_output(output: str | os.PathLike[str], model: Model, data: Any = None)
     try:
         with tempfile.TemporaryFile(dir=folder):
             writable = not path.exists() or os.access(path, os.W_OK)
-        path.with_name(f"{path.name}.checkpoint.part").exists()  # raises for a name that is too long
+        path.with_name(f"{path.name}.checkpoint.{os.getpid()}.part").exists()  # raises for a name that is too long
     except OSError:
         writable = False
     if not writable:
@@ -1049,13 +1051,9 @@ def learning_problem(job: Job, ready: Ready, method: Method | None = None) -> ep
 def learned(job: Job, ready: Ready, saved: Path | None, resume: bool, phases: Phases) -> None:
     """Learn the student's rounding, scales and biases; it stays as it is where nothing better is found."""
     problem = learning_problem(job, ready)
-    parts: list[bytes | str] = [
-        onnx_eptq.__version__,
-        job.plan.to_json(),
-        job.config.model_dump_json(),
-        *source_parts(job),
-    ]
-    mark = checkpoint.fingerprint([*parts, *(x.cpu().numpy().tobytes() for x in problem.samples)])
+    parts: list[bytes | str] = [onnx_eptq.__version__, job.plan.to_json(), *source_parts(job)]
+    parts += [x.cpu().numpy().tobytes() for x in problem.samples]
+    mark = checkpoint.mark(job.config.model_dump(mode="json"), parts)
     state = None
     if resume and saved is not None and saved.exists():
         state = checkpoint.load(saved, mark)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from onnx_eptq.checkpoint import State, fingerprint, load, save
+from onnx_eptq.checkpoint import State, check_settings, fingerprint, load, mark, save
 from onnx_eptq.errors import OutputError, UsageError
 
 FACTS = {"stage": 1, "learning": {"distances": {"rtn": 0.25}, "curve": [{"step": 3, "loss": 1e-30}]}, "text": "häß"}
@@ -72,6 +73,35 @@ def test_another_run_is_refused(tmp_path):
     save(tmp_path / "c", state(), "mark")
     with pytest.raises(UsageError, match=r"belongs to another model, data, plan or settings.*--resume"):
         load(tmp_path / "c", "other")
+
+
+def test_settings_that_differ_are_named(tmp_path):
+    path = tmp_path / "c"
+    save(path, state(), mark({"seed": 1, "steps": None, "bits": {"a": (2, 4)}}, ["rest"]))
+    check_settings(path, {"seed": 1, "steps": None, "bits": {"a": [2, 4]}})
+    with pytest.raises(UsageError, match=r"other settings \(seed 1, not 2; steps None, not 7\).*--resume"):
+        check_settings(path, {"seed": 2, "steps": 7, "bits": {"a": [2, 4]}})
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(UsageError, match="is not a checkpoint that can be read"):
+        check_settings(path, {})
+
+
+def test_two_runs_with_one_output_do_not_meet(tmp_path, monkeypatch):
+    """Each writes beside it under a name of its own."""
+    path, staged = tmp_path / "c", []
+
+    def meet(tensors, place, metadata):
+        staged.append(place)
+        if len(staged) == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr("os.getpid", lambda: -1)
+                save(path, State({"b": torch.ones(2)}, {}), "other")
+        save_file(tensors, place, metadata)
+
+    monkeypatch.setattr("onnx_eptq.checkpoint.save_file", meet)
+    save(path, State({"a": torch.zeros(3)}, {}), "mark")
+    assert len(set(staged)) == 2
+    assert set(load(path, "mark").tensors) == {"a"}
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
