@@ -193,7 +193,14 @@ class Writer:
         else:
             dtype = "int4" if form == "int4" else "int8"
             stored = STORAGE[form](self, value.name, codes.astype(np.int8), grid)
-            inputs = [stored, scale, self.zeros(dtype, tuple(qparams.scale.shape))]
+            shape = tuple(qparams.scale.shape)
+            # ONNX Runtime's `session.x64quantprecision`, for processors without VNNI, refuses a second layer of 8 bits that reads
+            # the same zero point; narrower weights it leaves alone.
+            own = grid.bits == 8
+            zero_point = (
+                self.constant(f"{value.name}_zero_point", np.zeros(shape, dtype)) if own else self.zeros(dtype, shape)
+            )
+            inputs = [stored, scale, zero_point]
         attrs = {} if grid.axis is None else {"axis": grid.axis}
         readers = [node for node in value.outputs if id(node) in self.simulated]
         restored = self.node("DequantizeLinear", f"{value.name}_dequantized", inputs, **attrs)

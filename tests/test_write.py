@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -112,6 +113,21 @@ def test_cast_lut_and_int8_give_the_same_bits_at_every_level(name, bits):
     for output, values in off.items():
         np.testing.assert_array_equal(values, expected[output])
         np.testing.assert_array_equal(values, basic[output])
+
+
+@pytest.mark.parametrize("bits", [4, 7, 8])
+@pytest.mark.parametrize("name", ["residual", "attention"])
+def test_files_load_where_the_runtime_shifts_weights_for_older_processors(name, bits):
+    """`session.x64quantprecision` makes uint8 of int8 weights that kernels without VNNI would let saturate."""
+    case = cached(name, bits)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    shifted = ort.InferenceSession(case.written.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    expected = run_ort(case.written, case.batches[0], level="ENABLE_ALL")
+    for output, values in zip(expected, shifted.run(list(expected), dict(case.batches[0])), strict=True):
+        step = float(case.quantized[output].qparams.scale)
+        assert np.abs(values - expected[output]).max() < 1.5 * step
 
 
 def test_layers_of_different_widths_share_no_table():
