@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,12 +22,14 @@ import onnx_eptq
 from onnx_eptq import (
     calibrate,
     checkpoint,
+    checks,
     columns,
     compensate,
     eptq,
     hessian,
     mirror,
     pieces,
+    remarks,
     resources,
     sensitivity,
     threads,
@@ -40,9 +40,9 @@ from onnx_eptq import graph as graphs
 from onnx_eptq.columns import Columns
 from onnx_eptq.config import Config
 from onnx_eptq.equalize import equalize
-from onnx_eptq.errors import CoverageError, DataError, ModelError, OutputError, UsageError, VerificationError
+from onnx_eptq.errors import CoverageError, DataError, ModelError, UsageError, VerificationError
 from onnx_eptq.methods import EFFORTS, METHODS, Effort, Method
-from onnx_eptq.mixed import BUDGETS, Mixed
+from onnx_eptq.mixed import Mixed
 from onnx_eptq.outputs import class_axes, judged_targets, scores, selections
 from onnx_eptq.plan import (
     Layer,
@@ -58,7 +58,6 @@ from onnx_eptq.plan import (
 )
 from onnx_eptq.prepare import add_biases, even_inputs, free_batch, prepare
 from onnx_eptq.prepare.opset import lower_opset
-from onnx_eptq.prepare.precision import is_other_float, is_turned
 from onnx_eptq.report import Phases, Report, find_islands, measure_coverage
 from onnx_eptq.targets import TARGETS, Target
 from onnx_eptq.widths import DEFAULT_WEIGHT_WIDTHS, Asked, Group, candidates, with_widths
@@ -69,19 +68,12 @@ EQUALIZE_SAMPLES = 16  # samples on which factors between channels are chosen; o
 FIT_SAMPLES = 256  # by which weights are rounded when sensitivities are measured
 FIDELITY_SAMPLES, LEAST_FIDELITY = 256, 32  # how many are compared, and of large samples
 PARITY_SAMPLES = 8
-RUNTIME_MARGIN = 3.0  # dB above the whole error: half of it is then the runtime's own
-HARMLESS_SQNR = 40.0  # dB; above, an error is as small as that of one rounding to 8 bits, whoever makes it
 SMALL = 1024  # elements of a sample: of smaller ones, more are looked at where
 COLUMN_SAMPLES, FEW_COLUMN_SAMPLES = 64, 16  # the columns of inputs and outputs are compared
 ALIKE = 8  # samples that are compared: if they are the same, so may be all
 UNSEEN = 0.5  # a score of 0 to 1 whose largest one is below was calibrated on samples without what it looks for
 PREPARED_SQNR = 30.0  # dB; below, it is not for rounding in another order that a prepared model differs from its source
-LOW_AGREEMENT = 75.0  # %; below, the largest score is another one too often
 MEASURED_WITH = ("sensitivity", "seed", "calibration", "bias_correction", "cache_mb", "batch_size")
-MANY_NOTES = 0.1  # of the file
-AT_MOST = "try to keep the first or last layers float (--keep-float)"  # where all have 8 bits
-LOW_COLUMN, HIDDEN = 6.0, 30.0  # dB of one column that are low, and how many more of the whole output hide it
-LOW_SQNR = 6.0  # dB; below, outputs differ from the float model's by half their size
 GROUP = 16  # samples at a time, where the model itself fixes a smaller batch
 MOST_TIMES = 2  # the steps, where batches are smaller than the effort's
 LEARN_ELEMENTS = 8 * 3 * 224 * 224  # of a batch to learn from, unless one sample is larger
@@ -92,12 +84,6 @@ STEP_COST, START_COST = 1.5, 4.5  # of a step, and of a closed-form start, per s
 LEAST_SAMPLES = 32  # that layers are solved with, whatever the memory
 IMAGE_ELEMENTS = 3 * 224 * 224  # a sample of this size is run in batches of 32
 LARGEST = 16  # times its input that the largest activation of a sample is, before it is that which counts as its size
-PARITY_TEXT = 128  # characters of the file's word on its verification: its size is known before it is verified
-# The file's other words on itself fill multiples of so many characters: equal plans give files of one size, however asked for.
-METADATA_UNIT = 128
-SEARCH_SETTINGS = (  # that widths are found by; the file holds what was found
-    *BUDGETS, "weight_choices", "act_choices", "cost_table", "sensitivity", "sensitivity_cache", "solver_seconds",
-)  # fmt: skip
 Model: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | gs.Graph
 
 
@@ -197,7 +183,7 @@ def begin(
 
     With `explore`, widths are to be chosen even if no budget is set.
     """
-    check_kinds(
+    checks.check_kinds(
         config=(config, Config), plan=(plan, Plan), phases=(phases, Phases), output=(output, (str, os.PathLike))
     )
     phases = phases or Phases()
@@ -208,19 +194,19 @@ def begin(
         )
     if "weight_bits" in settings and not config.weight_choices and (config.budgets or explore):
         config = config.model_copy(update={"weight_choices": (config.weight_bits,)})
-    mixes = check_budgets(config, plan, explore)
+    mixes = checks.check_budgets(config, plan, explore)
     target = choose_target(config)
-    check_device(config)
+    checks.check_device(config)
     if output is not None:
-        check_output(output, model, data)
+        checks.check_output(output, model, data)
     with phases("prepare"):
         graph = graphs.load(model)
         source = Path(model) if isinstance(model, str | os.PathLike) else graphs.to_model(graphs.copy(graph))
         if output is not None and isinstance(source, Path):
-            check_weights_kept(output, source)
+            checks.check_weights_kept(output, source)
         check_ops(graph)
         changes = prepare(graph)
-        check_values(graph)
+        checks.check_values(graph)
         float_bytes = graphs.file_bytes(source) if isinstance(source, Path) else source.ByteSize()
         given, source = source, loadable(source, graph, changes)
         if config.opset < graph.opset:
@@ -281,54 +267,16 @@ def begin(
         try:
             unmeasured(job).check(**config.budgets)
         except UsageError as error:
-            if config.max_size is None or report.notes_bytes < MANY_NOTES * config.max_size:
+            if config.max_size is None or report.notes_bytes < remarks.MANY_NOTES * config.max_size:
                 raise
-            raise UsageError(f"{error}; {notes_of(report)}") from None
+            raise UsageError(f"{error}; {remarks.notes_of(report)}") from None
     return job
-
-
-def notes_of(report: Report) -> str:
-    """What to do about a file that is full of notes."""
-    return (
-        f"{report.notes_bytes:,} bytes of the file are what the exporter noted on nodes; --strip-notes leaves them out"
-    )
 
 
 def describe_plan(job: Job) -> None:
     """Put into the report what the plan quantizes, and how it is stored."""
     job.report.coverage = measure_coverage(job.graph, job.plan)
     job.report.storage = {bits: job.target.storage[bits] for bits in job.report.coverage.layers_by_bits}
-
-
-def check_kinds(**given: tuple[Any, type | tuple[type, ...]]) -> None:
-    """Raise UsageError for an argument that is of another kind than what belongs there."""
-    for name, (value, kinds) in given.items():
-        if value is not None and not isinstance(value, kinds):
-            wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-            raise UsageError(f"{name} is a {type(value).__name__}; give a {wanted}")
-
-
-def check_budgets(config: Config, plan: Plan | None, explore: bool) -> bool:
-    """Whether widths are to be chosen; raises UsageError for settings that do not go together."""
-    choices = bool(config.weight_choices or config.act_choices) or any(
-        isinstance(widths, tuple) for widths in config.bits.values()
-    )
-    if plan is not None and (config.budgets or choices):
-        raise UsageError(
-            "the plan that is given says every width already; leave out the budgets and the widths to choose from"
-        )
-    if plan is not None and (config.bits or config.keep_float):
-        raise UsageError(
-            "the plan that is given says what is quantized at which width; edit it instead of giving --bits or --keep-float"
-        )
-    if choices and not config.budgets and not explore:
-        raise UsageError(
-            "several widths need a budget to choose by: --compression, --max-weight-bytes, --max-size, "
-            "--max-activation-memory, --max-bops or --max-cost (`onnx-eptq sensitivity` shows what they would cost)"
-        )
-    if config.cost_table is not None and config.max_cost is None and not explore:
-        raise UsageError("--cost-table needs --max-cost, the sum of costs that is allowed")
-    return bool(config.budgets) or explore
 
 
 def asked(config: Config) -> Asked:
@@ -359,82 +307,6 @@ def choose_target(config: Config) -> Target:
     else:
         storage = {bits: config.storage if bits <= 4 else "int8" for bits in target.storage}
     return replace(target, storage=storage)
-
-
-def check_device(config: Config) -> None:
-    """Raise UsageError when torch cannot use the device."""
-    try:
-        torch.zeros(1, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"device '{config.device}' cannot be used ({reason}); use --device cpu") from None
-
-
-def check_output(output: str | os.PathLike[str], model: Model, data: Any = None) -> None:
-    """Raise OutputError when the file could not be written at the end."""
-    path = Path(os.path.realpath(output))  # of a link, what it leads to is replaced
-    folder = path.parent
-    kind = onnx.serialization.registry.get_format_from_file_extension(path.suffix)
-    if kind not in (None, "protobuf"):
-        raise OutputError(
-            f"the output {path} has the name of a {kind} file, but a binary ONNX file is written; let its name end in .onnx"
-        )
-    if path.is_dir():
-        raise OutputError(f"the output {path} is a folder; give a file name")
-    if not folder.is_dir():
-        raise OutputError(f"the output's folder {folder} does not exist; make it first")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            writable = not path.exists() or os.access(path, os.W_OK)
-        path.with_name(f"{path.name}.checkpoint.{os.getpid()}.part").exists()  # raises for a name that is too long
-    except OSError:
-        writable = False
-    if not writable:
-        raise OutputError(f"the output {path} cannot be written; choose another place")
-    if path.exists() and not path.is_file():
-        raise OutputError(f"the output {path} is no regular file; give a file name")
-    for source, what in ((model, "the input model itself"), (data, "the calibration data itself")):
-        if isinstance(source, str | os.PathLike) and path.exists() and Path(source).exists() and path.samefile(source):
-            raise OutputError(f"the output {path} is {what}; choose another name")
-
-
-def check_weights_kept(output: str | os.PathLike[str], model: str | os.PathLike[str]) -> None:
-    """Raise OutputError when the output would replace a file that holds the model's weights."""
-    for held in graphs.data_files(Path(model)):
-        written = (Path(output), Path(f"{os.fspath(output)}.data"))
-        if any(path.exists() and held.exists() and path.samefile(held) for path in written):
-            raise OutputError(
-                f"the output {output} would replace {held}, which holds the model's weights; choose another name"
-            )
-
-
-def check_values(graph: gs.Graph) -> None:
-    """Raise ModelError for what the simulation does not cover: other precisions than float32, weights that are no numbers."""
-    ends = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}  # of other precisions, they lie beside a Cast
-    for tensor in [*graph.inputs, *graph.tensors().values()]:
-        turned = id(tensor) in ends and is_turned(tensor)
-        if tensor.dtype == onnx.TensorProto.BFLOAT16:  # an input or output: nothing else is left so
-            raise ModelError(f"'{tensor.name}' is bfloat16; give the model inputs and outputs of float32")
-        if is_other_float(tensor) and not turned:
-            raise ModelError(f"'{tensor.name}' is {tensor.dtype}; convert the model to float32, or export it again so")
-        if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32 and np.isnan(tensor.values).any():
-            raise ModelError(f"the constant '{tensor.name}' holds NaN; export the model again from sound weights")
-    for tensor in (each for each in graph.outputs if isinstance(each, gs.Variable)):
-        numbers = tensor.dtype is None or (not isinstance(tensor.dtype, int) and np.dtype(tensor.dtype).kind in "biuf")
-        if tensor.type != "tensor_type" or not numbers:
-            what = "a tensor of text" if tensor.type == "tensor_type" else f"a {tensor.type.removesuffix('_type')}"
-            raise ModelError(
-                f"the output '{tensor.name}' is {what}, and only tensors of numbers can be compared; cut the model before it, "
-                "or export it otherwise (skl2onnx: options={'zipmap': False}, and classes as integers)"
-            )
-    for layer in linear_layers(graph):
-        if not np.isfinite(layer.weight.values).all():
-            raise ModelError(
-                f"the weight '{layer.weight.name}' holds infinities; export the model again from sound weights"
-            )
-    for tensor in graph.inputs:
-        if 0 in (tensor.shape or ()):
-            raise ModelError(f"the input '{tensor.name}' has a dimension of size 0; leave it open or give it a size")
 
 
 def loadable(source: onnx.ModelProto | Path, graph: gs.Graph, changes: Mapping[str, int]) -> onnx.ModelProto | Path:
@@ -881,7 +753,7 @@ def unmeasured(job: Job) -> Mixed:
         job.groups,
         job.target.storage,
         job.counts,
-        metadata=lambda plan: metadata(replace(job.report, coverage=measure_coverage(job.graph, plan))),
+        metadata=lambda plan: remarks.metadata(replace(job.report, coverage=measure_coverage(job.graph, plan))),
         opset=config.opset,
         table=None if config.cost_table is None else resources.read_costs(config.cost_table),
         solver_seconds=config.solver_seconds,
@@ -1092,8 +964,8 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
             report.parity = verify.check_parity(
                 staged.path, student, job.plan, job.layers, quantized, few, report.threads
             )
-        onnx.helper.set_model_props(written, {**_properties(written), **metadata(report)})
-        staged.set_metadata(_properties(written))
+        onnx.helper.set_model_props(written, {**remarks.properties(written), **remarks.metadata(report)})
+        staged.set_metadata(remarks.properties(written))
         with phases("compare"):
             many = max(
                 LEAST_FIDELITY, min(FIDELITY_SAMPLES, 2 * FIDELITY_SAMPLES * IMAGE_ELEMENTS // sample_elements(job))
@@ -1109,72 +981,12 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
                 mirror.feeds_whole(job.graph),
             )
         narrow = any(point.grid.bits < 8 for point in job.plan.values())
-        report.warnings += low_fidelity(report.fidelity, "try more bits" if narrow else AT_MOST) + runtime_deviations(
-            report.parity, report.fidelity
-        )
+        report.warnings += remarks.low_fidelity(
+            report.fidelity, "try more bits" if narrow else remarks.AT_MOST
+        ) + remarks.runtime_deviations(report.parity, report.fidelity)
         report.bytes = graphs.file_bytes(staged.path)
-        if report.notes_bytes > MANY_NOTES * report.bytes:
-            report.warnings.append(notes_of(report))
+        if report.notes_bytes > remarks.MANY_NOTES * report.bytes:
+            report.warnings.append(remarks.notes_of(report))
         if output is not None:
             staged.publish()
     return written
-
-
-def low_fidelity(fidelity: verify.Fidelity, advice: str) -> list[str]:
-    """A warning for every output that is far from the float model's, as a whole or in one of its columns."""
-    found = [
-        f"output '{name}' is {decibel} dB from the float model's: expect a loss; {advice}"
-        for name, decibel in fidelity.sqnr_db.items()
-        if decibel < LOW_SQNR
-    ]
-    found += [
-        f"output '{name}' agrees with the float model's in {share} % only: expect a loss; {advice} or other samples"
-        for name, share in fidelity.agreement.items()
-        if share < LOW_AGREEMENT and fidelity.sqnr_db.get(name, LOW_SQNR) >= LOW_SQNR
-    ]
-    for name, (index, decibel) in fidelity.worst.items():
-        whole = fidelity.sqnr_db.get(name, 0.0)
-        if decibel < LOW_COLUMN and whole > max(LOW_SQNR, decibel + HIDDEN):
-            found.append(
-                f"output '{name}': what varies in column {index} is only {decibel} dB from the float model's, which the "
-                f"{whole} dB of all columns hide; keep '{name}' float, or give the column an output of its own"
-            )
-    return found
-
-
-def runtime_deviations(parity: verify.Parity, fidelity: verify.Fidelity) -> list[str]:
-    """A warning for every output that the runtime's optimisations change as much as quantization does."""
-    return [
-        f"output '{name}': at full optimisation ONNX Runtime's kernels are {decibel} dB from what the file says, which is a "
-        "large part of the error; at basic optimisation they are exact"
-        for name, decibel in parity.optimized_db.items()
-        if decibel < min(fidelity.sqnr_db.get(name, -math.inf) + RUNTIME_MARGIN, HARMLESS_SQNR)
-    ]
-
-
-def _properties(model: onnx.ModelProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in model.metadata_props}
-
-
-def padded(text: str, unit: int) -> str:
-    """The text with spaces behind it, up to the next multiple of so many characters."""
-    return text.ljust(-(-len(text) // unit) * unit)
-
-
-def metadata(report: Report) -> dict[str, str]:
-    """What the file says of itself; as long before as after its verification."""
-    parity = report.parity
-    verified = (
-        f"float kernels {parity.float_differences}/{parity.float_elements}, integer kernels "
-        f"{parity.integer_differences}/{parity.integer_elements}, onnxruntime {verify.RUNTIME}"
-        if parity
-        else ""
-    )
-    return {
-        "onnx_eptq.version": report.version,
-        "onnx_eptq.settings": padded(
-            json.dumps({k: v for k, v in report.settings.items() if k not in SEARCH_SETTINGS}), 2 * METADATA_UNIT
-        ),
-        "onnx_eptq.coverage": padded(str(report.coverage), METADATA_UNIT),
-        "onnx_eptq.parity": verified.ljust(PARITY_TEXT),
-    }

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import models
 import onnx_eptq
-from onnx_eptq import Config, calibrate, pipeline, verify
+from onnx_eptq import Config, calibrate, pipeline, remarks, verify
 from onnx_eptq import graph as graphs
 from onnx_eptq.errors import (
     CoverageError,
@@ -491,10 +491,10 @@ def test_a_runtime_with_numbers_of_its_own_is_warned_about():
     parity = replace(found["onnx"].report.parity, optimized_db={"logits": 20.0})
     for decibel, warned in ((10.0, False), (19.0, True), (30.0, True)):
         fidelity = replace(found["onnx"].report.fidelity, sqnr_db={"logits": decibel})
-        assert bool(pipeline.runtime_deviations(parity, fidelity)) == warned
-    assert pipeline.runtime_deviations(parity, replace(found["onnx"].report.fidelity, sqnr_db={})) == []
+        assert bool(remarks.runtime_deviations(parity, fidelity)) == warned
+    assert remarks.runtime_deviations(parity, replace(found["onnx"].report.fidelity, sqnr_db={})) == []
     fidelity = replace(found["onnx"].report.fidelity, sqnr_db={"logits": 44.0})
-    assert pipeline.runtime_deviations(replace(parity, optimized_db={"logits": 45.0}), fidelity) == []  # and no harm
+    assert remarks.runtime_deviations(replace(parity, optimized_db={"logits": 45.0}), fidelity) == []  # and no harm
 
 
 def test_ranges_weighed_by_gradients_lose_less_at_four_bits() -> None:
