@@ -118,11 +118,10 @@ class Writer:
             for reader in readers:
                 _replace_input(reader, value, restored)
         codes = self.node("QuantizeLinear", f"{value.name}_quantized", [source, *self.parameters(root)])
-        if (
-            point.grid.bits < 8
-        ):  # no runtime executes narrower activations, but an integer Clip keeps its kernels usable
+        if point.grid.bits < 8:
+            # No runtime executes narrower activations, but an integer Clip keeps its kernels usable. Not a Min: ONNX Runtime has
+            # it for uint8 only since 1.24, and OpenVINO leaves it outside of its kernels.
             limit = self.common(f"qmax_{point.grid.qmax}", np.array(point.grid.qmax, np.uint8))
-            # Not a Min, which ONNX Runtime has for uint8 only since 1.24, and which OpenVINO leaves outside of its kernels.
             codes = self.node("Clip", f"{value.name}_limited", [codes, gs.Variable.empty(), limit])
         shielded = [(node, channels) for node in restored.outputs if (channels := self.float_channels(node, restored))]
         alone = len(shielded) == len(restored.outputs) and not self.leaves(restored)
