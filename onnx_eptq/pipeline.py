@@ -143,7 +143,7 @@ def quantize(
         **settings: single settings of `Config`.
 
     Raises:
-        EptqError: one of its kinds (`onnx_eptq.errors`); nothing is written then.
+        EptqError: one of its kinds (`onnx_eptq.errors`); no model is written then.
     """
     phases = phases or Phases()
     job = begin(model, data, output, config=config, plan=plan, strict=strict, phases=phases, **settings)
@@ -247,6 +247,7 @@ def begin(
         report.warnings.append(
             "ONNX Runtime does not load the model in its own precision; the result is compared with the same model in float32"
         )
+    report.warnings += remarks.idle_settings(config)
     report.output = None if output is None else str(output)
     report.preparation = {name: count for name, count in changes.items() if count}
     report.notes_bytes = graphs.notes_bytes(graph)

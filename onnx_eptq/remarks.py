@@ -8,6 +8,8 @@ import math
 import onnx
 
 from onnx_eptq import verify
+from onnx_eptq.config import Config
+from onnx_eptq.methods import METHODS
 from onnx_eptq.mixed import BUDGETS
 from onnx_eptq.report import Report
 
@@ -24,6 +26,15 @@ METADATA_UNIT = 128
 SEARCH_SETTINGS = (  # that widths are found by; the file holds what was found
     *BUDGETS, "weight_choices", "act_choices", "cost_table", "sensitivity", "sensitivity_cache", "solver_seconds",
 )  # fmt: skip
+
+
+def idle_settings(config: Config) -> list[str]:
+    """A warning for settings of learning where nothing is learned."""
+    learning = ("effort", "steps", "views", "compile", "precision")
+    idle = [name for name in learning if getattr(config, name) != Config.model_fields[name].default]
+    if METHODS[config.method].stages or not idle:
+        return []
+    return [f"{', '.join(idle)}: settings of learning, and --method {config.method} learns nothing"]
 
 
 def low_fidelity(fidelity: verify.Fidelity, advice: str) -> list[str]:

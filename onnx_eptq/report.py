@@ -27,6 +27,7 @@ from onnx_eptq.verify import Fidelity, Parity
 
 MAX_WIDTHS = 48  # that are spelled one by one; the JSON names their layers
 MAX_REASONS, MAX_WARNINGS, MAX_INPUTS, MAX_OUTPUTS = 8, 4, 4, 6  # lines of each kind in the text; the JSON holds all
+MAX_LINES = 28  # of the text; with a line for each phase, a run prints less than 40
 
 
 @dataclass
@@ -122,18 +123,19 @@ class Report:
         return json.dumps(asdict(self), indent=1)
 
     def __str__(self) -> str:
-        """At most forty lines."""
-        return "\n".join(self._lines())
+        """At most `MAX_LINES` lines."""
+        texts = (list(self._lines(most)) for most in range(MAX_REASONS, 0, -1))
+        return "\n".join(next((lines for lines in texts if len(lines) <= MAX_LINES), [*self._lines(1)][:MAX_LINES]))
 
-    def _lines(self) -> Iterator[str]:
+    def _lines(self, most: int) -> Iterator[str]:
+        """The text, with at most so many lines of a kind."""
         yield f"coverage   {self.coverage}"
         layers = self.coverage.float_layers
         values = self.coverage.float_values.items()
         reasons = [*layers.items(), *((name, reason) for name, reason in values if name not in layers)]
-        for name, reason in reasons[:MAX_REASONS]:
+        for name, reason in reasons[:most]:
             yield f"  float    {name}: {reason}"
-        if len(reasons) > MAX_REASONS:
-            yield f"  float    and {len(reasons) - MAX_REASONS} more (all of them in --json)"
+        yield from _rest("  float", len(reasons) - most, "values")
         if self.islands:
             names = [f"'{name}' {op}" for name, op in self.islands.items()]
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
@@ -144,14 +146,15 @@ class Report:
             )
         if self.data:
             yield f"data       {self.data}"
-        for name, (low, high, mean, std) in list(self.fed.items())[:MAX_INPUTS]:
+        inputs, warnings = min(most, MAX_INPUTS), min(most, MAX_WARNINGS)
+        for name, (low, high, mean, std) in list(self.fed.items())[:inputs]:
             yield f"  fed      {name}: {low:.4g} to {high:.4g}, mean {mean:.4g}, standard deviation {std:.4g}"
-        yield from _rest("  fed", len(self.fed) - MAX_INPUTS, "inputs")
+        yield from _rest("  fed", len(self.fed) - inputs, "inputs")
         if self.equalized:
             least = min(self.equalized, key=lambda equalized: equalized.error)
             yield f"equalized  channels of {len(self.equalized)} values, error behind '{least.value}' x {least.error:.2g}"
-        yield from (f"warning    {warning}" for warning in self.warnings[:MAX_WARNINGS])
-        yield from _rest("warning", len(self.warnings) - MAX_WARNINGS, "warnings")
+        yield from (f"warning    {warning}" for warning in self.warnings[:warnings])
+        yield from _rest("warning", len(self.warnings) - warnings, "warnings")
         if self.estimate:
             yield f"estimate   {self.estimate['seconds']:.0f} s, {self.estimate['peak_mb']:.0f} MB"
         yield from self._allocated()
@@ -164,7 +167,7 @@ class Report:
             if ratio < 1:
                 ratio, word = 1 / ratio, "larger"
             yield f"size       {self.float_bytes:,} -> {self.bytes:,} bytes ({ratio:.1f} x {word})"
-        yield from self._verified()
+        yield from self._verified(min(most, MAX_OUTPUTS))
         if self.output:
             yield f"written    {self.output}"
 
@@ -197,7 +200,7 @@ class Report:
             + (f" and {len(learning.targets) - 4} more" if len(learning.targets) > 4 else "")
         )
 
-    def _verified(self) -> Iterator[str]:
+    def _verified(self, most: int) -> Iterator[str]:
         parity, fidelity = self.parity, self.fidelity
         if parity:
             yield (
@@ -209,18 +212,19 @@ class Report:
                 f"{parity.fused_max_steps} step); basic optimisations change nothing"
             )
         if fidelity:
-            for name, sources in list(fidelity.selected.items())[:4]:
+            for name, sources in list(fidelity.selected.items())[:most]:
                 before = ", ".join(s for s in sources if s in fidelity.sqnr_db) or "nothing that both models name"
                 yield f"fidelity   {name}: selected, so judged before it is: {before}"
+            yield from _rest("fidelity", len(fidelity.selected) - most, "selected outputs")
             names = list(dict.fromkeys([*fidelity.sqnr_db, *fidelity.agreement]))
-            for name in names[:MAX_OUTPUTS]:
+            for name in names[:most]:
                 share, decibel = fidelity.agreement.get(name), fidelity.sqnr_db.get(name)
                 agree = f", argmax agrees in {share} %" if share is not None else ""
                 found = f"equal in {share} %" if decibel is None else f"SQNR {decibel} dB{agree}"
                 masked = fidelity.masked.get(name)
                 beside = f"{masked} % of it masked and left out, " if masked else ""
                 yield f"fidelity   {name}: {found} ({beside}{fidelity.samples} calibration samples)"
-            yield from _rest("fidelity", len(names) - MAX_OUTPUTS, "outputs")
+            yield from _rest("fidelity", len(names) - most, "outputs")
 
 
 def _rest(label: str, count: int, what: str) -> Iterator[str]:

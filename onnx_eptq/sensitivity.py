@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -432,7 +433,11 @@ def parted(samples: Sequence[Tensor], judged: int) -> tuple[list[Tensor], list[T
 
 def default_folder() -> Path:
     """Where this user's programs keep what they can compute again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onnx-eptq"
+    try:
+        home = Path.home()
+    except RuntimeError:  # of a user that the system does not know, as containers have
+        home = Path(tempfile.gettempdir())
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "onnx-eptq"
 
 
 def monotone(losses: Mapping[int, float], step: float) -> dict[int, float]:

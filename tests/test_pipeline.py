@@ -32,6 +32,7 @@ from onnx_eptq.errors import (
     VerificationError,
 )
 from onnx_eptq.plan import Plan
+from onnx_eptq.report import MAX_LINES
 from onnx_eptq.targets import TARGETS
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -110,7 +111,12 @@ def test_the_report_says_what_it_has_no_room_for(w4: tuple[Path, onnx_eptq.Resul
         "warning and 2 more warnings (all of them in --json)",
         "fidelity and 6 more outputs (all of them in --json)",
     ]
-    assert len(lines) <= 40
+    assert len(lines) <= MAX_LINES
+    report.coverage.float_values = {f"v{i}": "kept float as asked" for i in range(20)}
+    report.fidelity.selected = {f"s{i}": ["y0"] for i in range(9)}
+    lines = str(report).splitlines()
+    assert 20 < len(lines) <= MAX_LINES
+    assert {line.split()[0] for line in lines if "more" in line} == {"float", "fed", "warning", "fidelity"}
 
 
 def test_report_is_complete_and_true(w4: tuple[Path, onnx_eptq.Result]) -> None:

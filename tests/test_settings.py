@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from models import parse, weights
-from onnx_eptq import Config, cli, front, pipeline
+from onnx_eptq import Config, cli, front, pipeline, sensitivity
 from onnx_eptq import graph as graphs
 from onnx_eptq.errors import UsageError
 from onnx_eptq.report import Phases
@@ -188,6 +189,22 @@ def test_settings_of_learning_are_heeded() -> None:
     problem = pipeline.learning_problem(job, pipeline.calibrated(job, Phases()))
     assert (problem.compile, problem.bf16, problem.views, problem.seed) == (True, True, 3, 5)
     assert (problem.cache_bytes, problem.effort.steps) == (7 * 2**20, 11)
+
+
+def test_settings_of_learning_without_learning_are_warned_about() -> None:
+    chosen = {"method": "rtn", "threads": 1}
+    assert pipeline.begin(DIGITS, CALIB, **chosen).report.warnings == []
+    (warning,) = pipeline.begin(DIGITS, CALIB, steps=9, compile=True, **chosen).report.warnings
+    assert warning == "steps, compile: settings of learning, and --method rtn learns nothing"
+
+
+def test_what_is_kept_for_the_next_budget_has_a_place_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert sensitivity.default_folder() == Path(tempfile.gettempdir()) / ".cache" / "onnx-eptq"
 
 
 def test_the_estimate_knows_how_long_learning_takes() -> None:
