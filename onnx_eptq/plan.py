@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -726,7 +727,10 @@ class _Planner:
         self.plan[tensor.name] = point
 
     def join(self, node: gs.Node) -> None:
-        """Let what only joins read share this Concat's output's grid: one rounding instead of two, and none in a state's loop."""
+        """Let what this Concat alone reads share its output's grid: one rounding instead of two. What is on one grid stays on it.
+
+        A state that goes around shares it, too: else it would be rounded anew at every step.
+        """
         output = node.outputs[0]
         if not op_of(node).joins or output.name not in self.plan or self.plan[output.name].tied_to:
             return
@@ -735,8 +739,9 @@ class _Planner:
         roots = {name: root for name, root in roots.items() if root.role == "activation" and root.grid == grid}
         every = all(tensor.name in roots for tensor in node.inputs)
         group = {root.value for root in roots.values()}
-        if not every or len(group) > 1:  # else they are on one grid already
-            group = {roots[t.name].value for t in node.inputs if t.name in roots and self.only_joins(t)}
+        if not every or len(group) > 1:
+            joined = [t for t in node.inputs if t.name in roots and (self.is_read_once(t) or self.is_state(t, output))]
+            group = {roots[tensor.name].value for tensor in joined}
         same = every and all(root.value in group for root in roots.values())
         if not group:
             return
@@ -757,26 +762,51 @@ class _Planner:
             if value in (*others, output.name) or point.tied_to in group:
                 moved = same if value == output.name else point.moved
                 self.plan[value] = replace(shared, value=value, tied_to=holder, moved=moved)
+            elif point.scale_from and point.scale_from[0] in others:
+                self.plan[value] = replace(point, scale_from=(holder, point.scale_from[1]))
         self.plan[holder] = shared
 
-    def only_joins(self, tensor: gs.Tensor) -> bool:
-        """Whether what a value moves from is read, moved or not, by nothing but operators that join values."""
+    def is_read_once(self, tensor: gs.Tensor) -> bool:
+        """Whether one operator alone reads a value, and each of those that it moves from."""
+        while len(self.readers(tensor)) == 1 and id(tensor) not in self.outputs:
+            if not self.plan[tensor.name].moved:
+                return self.plan[tensor.name].tied_to is None
+            (mover,) = tensor.inputs
+            if len(mover.outputs) > 1 or not _only_moves(mover):
+                return False
+            tensor = mover.inputs[0]
+        return False
+
+    def is_state(self, tensor: gs.Tensor, joined: gs.Tensor) -> bool:
+        """Whether a value is, or moves from, an input that is only joined to others and leaves the network as `joined` does.
+
+        Such as the keys and values of an attention's past, which may be those of all layers in one.
+        """
         while self.plan[tensor.name].moved and _only_moves(tensor.inputs[0]):
             tensor = tensor.inputs[0].inputs[0]
-        values = [tensor]
-        for value in values:
-            if id(value) in self.outputs:
-                return False
-            for reader in value.outputs:
-                if is_op(reader, "Shape", "Size"):
-                    continue
-                if id(reader) not in self.nodes or id(reader) in self.region:
-                    return False
-                if _only_moves(reader) and reader.inputs[0] is value:
-                    values += reader.outputs
-                elif not op_of(reader).joins:
-                    return False
-        return True
+        return not tensor.inputs and id(joined) in self.leaving and self.is_only_joined(tensor)
+
+    def is_only_joined(self, tensor: gs.Tensor) -> bool:
+        """Whether nothing reads a value, moved or not, but operators that join it to others."""
+        return id(tensor) not in self.outputs and all(
+            id(reader) in self.nodes - self.region.keys()
+            and (op_of(reader).joins or (_only_moves(reader) and all(map(self.is_only_joined, reader.outputs))))
+            for reader in self.readers(tensor)
+        )
+
+    @cached_property
+    def leaving(self) -> set[int]:
+        """Values that are outputs of the network, moved or joined to others on their way or not."""
+        found = set(self.outputs)
+        for node in reversed(self.graph.nodes):
+            if (_only_moves(node) or op_of(node).joins) and any(id(output) in found for output in node.outputs):
+                found |= {id(tensor) for tensor in (node.inputs if op_of(node).joins else node.inputs[:1])}
+        return found
+
+    @staticmethod
+    def readers(tensor: gs.Tensor) -> list[gs.Node]:
+        """The nodes that read the elements of a value."""
+        return [reader for reader in tensor.outputs if not is_op(reader, "Shape", "Size")]
 
     def constants(self, node: gs.Node) -> None:
         """Constant operands of elementwise operators that run on integers."""

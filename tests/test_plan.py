@@ -270,6 +270,22 @@ def test_values_that_others_read_keep_their_grid_though_moved_to_a_join(more):
     assert not plan["y"].moved
 
 
+def test_a_join_takes_no_grid_from_layers_that_read_it_elsewhere():
+    """`y` is on the grid of `a`, which a layer reads as well, and does not bring it along when it is joined itself."""
+    text = "u, v = Split <axis=1> (a, s)  r = Concat <axis=1> (v, u)  c = Conv(a, w1)  q = Relu(c)  y = Concat <axis=1> (r, q)"
+    plan = make_plan(raw(body(text, s=i64(2, 2), w1=W(4, 4, 1, 1))), ORT_TARGET)
+    assert plan["a"].tied_to is None
+    assert (plan["r"].tied_to, plan["r"].moved) == ("a", True)
+    assert (plan["y"].tied_to, plan["y"].moved) == ("q", False)
+
+
+def test_joins_of_one_value_keep_grids_of_their_own():
+    text = """d = Conv(x, w1)  e = Conv(x, w2)  u = Concat <axis=1> (a, d)  v = Concat <axis=1> (a, e)
+      p = Conv(u, w3)  q = Conv(v, w3)  y = Add(p, q)"""
+    plan = make_plan(raw(body(text, w1=W(4, 4, 1, 1), w2=W(4, 4, 1, 1), w3=W(4, 8, 1, 1))), ORT_TARGET)
+    assert [plan[value].tied_to for value in "adeuv"] == [None, None, None, "d", "e"]
+
+
 def test_what_is_taken_apart_and_joined_again_needs_no_other_grid():
     proto = body("u, v = Split <axis=1> (a, s)  q = Relu(u)  y = Concat <axis=1> (v, u)", s=i64(2, 2))
     plan = make_plan(raw(proto), ORT_TARGET)
