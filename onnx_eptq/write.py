@@ -43,6 +43,7 @@ class Writer:
         self.taken = set(self.tensors) | {node.name for node in graph.nodes}
         self.shared: dict[str, gs.Tensor] = {}
         self.readers: dict[str, set[str]] = {}  # of what is shared: the values it was asked for by
+        self.zero_points: set[str] = set()  # those that are not shared
         self.owners: dict[str, str] = {}  # of nodes and initializers: the value, or the key of what is shared
         # Numbers for short names: a value's is the same whatever the widths, as names are bytes that budgets count.
         self.numbers = {value: number for number, value in enumerate(plan)}
@@ -74,6 +75,16 @@ class Writer:
             codes = np.zeros(shape, np.int8)
             self.share(key, graphs.packed_constant(self.name(key), codes, DTYPES[dtype].onnx))
         return self.share(key)
+
+    def own_zeros(self, value: str, shape: tuple[int, ...]) -> gs.Tensor:
+        """A zero point that is not shared, of a weight of 8 bits.
+
+        ONNX Runtime's `session.x64quantprecision`, for processors without VNNI, refuses a second layer that reads the same one;
+        layers of narrower weights it leaves alone.
+        """
+        zero_point = self.constant(f"{value}_zero_point", np.zeros(shape, np.int8))
+        self.zero_points.add(zero_point.name)
+        return zero_point
 
     def share(self, key: str, tensor: gs.Tensor | None = None) -> gs.Tensor:
         """The initializer, or the output of a node of its name, under that key, a new one when given; notes who asks."""
@@ -193,13 +204,7 @@ class Writer:
             dtype = "int4" if form == "int4" else "int8"
             stored = STORAGE[form](self, value.name, codes.astype(np.int8), grid)
             shape = tuple(qparams.scale.shape)
-            # ONNX Runtime's `session.x64quantprecision`, for processors without VNNI, refuses a second layer of 8 bits that reads
-            # the same zero point; narrower weights it leaves alone.
-            own = grid.bits == 8
-            zero_point = (
-                self.constant(f"{value.name}_zero_point", np.zeros(shape, dtype)) if own else self.zeros(dtype, shape)
-            )
-            inputs = [stored, scale, zero_point]
+            inputs = [stored, scale, self.own_zeros(value.name, shape) if grid.bits == 8 else self.zeros(dtype, shape)]
         attrs = {} if grid.axis is None else {"axis": grid.axis}
         readers = [node for node in value.outputs if id(node) in self.simulated]
         restored = self.node("DequantizeLinear", f"{value.name}_dequantized", inputs, **attrs)
@@ -357,7 +362,8 @@ def footprint(
         size += 1 + _varint(size)  # the field's number and length stand before it
         sizes = found.shared if owner in writer.readers else found.own
         sizes[owner] = sizes.get(owner, 0) + size
-        if isinstance(item, onnx.TensorProto) and item.data_type in INTEGERS and owner in found.payload:
+        held = isinstance(item, onnx.TensorProto) and item.data_type in INTEGERS and owner in found.payload
+        if held and item.name not in writer.zero_points:
             found.payload[owner] += len(item.raw_data)
     return found
 

@@ -545,8 +545,8 @@ FAULTS = (
     Fault(
         "weights of 8 bits share their zero points",
         "write.py",
-        "own = grid.bits == 8",
-        "own = grid.bits > 8",
+        "if grid.bits == 8 else self.zeros",
+        "if grid.bits > 8 else self.zeros",
         ("write",),
     ),
     Fault(
