@@ -740,7 +740,7 @@ class _Planner:
         every = all(tensor.name in roots for tensor in node.inputs)
         group = {root.value for root in roots.values()}
         if not every or len(group) > 1:
-            joined = [t for t in node.inputs if t.name in roots and (self.is_read_once(t) or self.is_state(t, output))]
+            joined = [t for t in node.inputs if t.name in roots and (self.is_read_once(t) or self.is_state(t))]
             group = {roots[tensor.name].value for tensor in joined}
         same = every and all(root.value in group for root in roots.values())
         if not group:
@@ -777,20 +777,24 @@ class _Planner:
             tensor = mover.inputs[0]
         return False
 
-    def is_state(self, tensor: gs.Tensor, joined: gs.Tensor) -> bool:
-        """Whether a value is, or moves from, an input that is only joined to others and leaves the network as `joined` does.
+    def is_state(self, tensor: gs.Tensor) -> bool:
+        """Whether a value is, or moves from, an input that is only joined to others, to leave the network with them.
 
         Such as the keys and values of an attention's past, which may be those of all layers in one.
         """
         while self.plan[tensor.name].moved and _only_moves(tensor.inputs[0]):
             tensor = tensor.inputs[0].inputs[0]
-        return not tensor.inputs and id(joined) in self.leaving and self.is_only_joined(tensor)
+        return not tensor.inputs and self.only_leaves(tensor)
 
-    def is_only_joined(self, tensor: gs.Tensor) -> bool:
-        """Whether nothing reads a value, moved or not, but operators that join it to others."""
+    def only_leaves(self, tensor: gs.Tensor) -> bool:
+        """Whether nothing reads a value, moved or not, but operators that join it to others to leave the network."""
         return id(tensor) not in self.outputs and all(
             id(reader) in self.nodes - self.region.keys()
-            and (op_of(reader).joins or (_only_moves(reader) and all(map(self.is_only_joined, reader.outputs))))
+            and (
+                id(reader.outputs[0]) in self.leaving
+                if op_of(reader).joins
+                else _only_moves(reader) and all(map(self.only_leaves, reader.outputs))
+            )
             for reader in self.readers(tensor)
         )
 
