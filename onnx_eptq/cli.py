@@ -317,14 +317,17 @@ def _run(
     table = Path(config.cost_table) if config.cost_table else None
     read = {"the model": model, "the data": data, "--plan-in": plan_in, "--config": config_file, "--cost-table": table}
     texts = {"--plan-out": plan_out, "--save-config": save_config}
-    _check_files(read, {"-o": output, **texts})
+    beside = {f"-o's {part}": Path(f"{output}.{part}") for part in ("checkpoint", "data")}
+    _check_files(read, {"-o": output, **beside, **texts})
     _check_writable(texts)
 
-    from onnx_eptq import pipeline
+    from onnx_eptq import graph, pipeline
     from onnx_eptq.plan import Plan
     from onnx_eptq.report import Phases, console
 
     plan = Plan.from_json(_read(plan_in)) if plan_in else None
+    if any(texts.values()):
+        _check_files({f"the model's weights {path.name}": path for path in graph.data_files(model)}, texts)
     if save_config:
         config.save(save_config)
     phases = Phases(console(flags.quiet))
@@ -427,9 +430,9 @@ def _read(path: Path) -> str:
 
 def _check_files(read: Mapping[str, Path | None], written: Mapping[str, Path | None]) -> None:
     """Raise UsageError where a file of the run would replace another one; `check_output` knows the model and the data."""
-    taken = {path.resolve(): option for option, path in read.items() if path}
+    taken = {os.path.realpath(path): option for option, path in read.items() if path}
     for option, path in written.items():
-        other = taken.setdefault(path.resolve(), option) if path else option
+        other = taken.setdefault(os.path.realpath(path), option) if path else option
         if other != option and (option, other) not in (("-o", "the model"), ("-o", "the data")):
             raise UsageError(f"{option} and {other} name the same file {path}; choose another name")
 

@@ -16,15 +16,17 @@ from onnx_eptq.errors import UsageError
 BUDGETS = ("compression", "max_weight_bytes", "max_size", "max_activation_memory", "max_bops", "max_cost")
 
 
+MOST = 1e30  # that an amount may be; solvers take some such number for infinity
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 def amount(text: str) -> float:
     """A number with a unit: 300KB, 1.5MiB, 2G; raises ValueError."""
     found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgt]i?)?b?", text.strip().lower())
-    if not found or (found[2] or "") not in UNITS or math.isinf(float(found[1])):
+    number = float(found[1]) * UNITS.get(found[2] or "", math.inf) if found else math.inf
+    if number > MOST:
         raise ValueError("input should be a number, such as 300000, 300KB, 293KiB or 1.5G")
-    return float(found[1]) * UNITS[found[2] or ""]
+    return number
 
 
 def _single(value: Any) -> Any:

@@ -943,8 +943,11 @@ def _output_errors(output: Path | None) -> Iterator[None]:
 
 
 def data_files(model: Path) -> list[Path]:
-    """The files of external data that a model file names."""
-    held = _tensors(onnx.load(model, load_external_data=False).graph)
+    """The files of external data that a model file names; none where it cannot be read, of which `load` says more."""
+    try:
+        held = _tensors(onnx.load(model, load_external_data=False).graph)
+    except (DecodeError, OSError, ValueError):
+        return []
     outside = (tensor for tensor in held if onnx.external_data_helper.uses_external_data(tensor))
     return sorted({model.parent / onnx.external_data_helper.ExternalDataInfo(tensor).location for tensor in outside})
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -331,6 +332,52 @@ def test_files_of_a_run_never_replace_one_another(tmp_path: Path) -> None:
     run = cli(model, CALIB, "-o", out, "--plan-out", tmp_path / "p", "--save-config", tmp_path / "p", *QUICK)
     assert "--save-config and --plan-out name the same file" in run.stderr
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_weights_beside_a_model_are_kept(tmp_path: Path) -> None:
+    model, weights = tmp_path / "m.onnx", tmp_path / "weights.bin"
+    outside = {"save_as_external_data": True, "location": weights.name, "size_threshold": 16}
+    onnx.save(onnx.load(DIGITS), model, **outside)
+    before = weights.read_bytes()
+    for option in ("--plan-out", "--save-config"):
+        run = cli(model, CALIB, "-o", tmp_path / "q.onnx", option, weights, *QUICK)
+        assert run.returncode == 2
+        assert f"{option} and the model's weights weights.bin name the same file" in run.stderr
+    assert weights.read_bytes() == before
+    (tmp_path / "no.onnx").write_bytes(b"no model")
+    assert cli(tmp_path / "no.onnx", CALIB, "--save-config", tmp_path / "c", *QUICK).returncode == 3
+
+
+@pytest.mark.parametrize("part", ["checkpoint", "data"])
+def test_files_beside_the_output_are_no_place_for_others(tmp_path: Path, part: str) -> None:
+    run = cli(DIGITS, CALIB, "-o", tmp_path / "q.onnx", "--save-config", tmp_path / f"q.onnx.{part}", *QUICK)
+    assert run.returncode == 2
+    assert f"--save-config and -o's {part} name the same file" in run.stderr
+
+
+def test_a_run_that_is_terminated_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "onnx_eptq",
+        str(DIGITS),
+        str(CALIB),
+        "-o",
+        "q.onnx",
+        "--steps",
+        "5000",
+        "--threads",
+        "1",
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while not process.stderr.readline().startswith("weights"):
+        assert process.poll() is None
+    process.terminate()
+    _, text = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGTERM)
+    assert "Traceback" not in text
+    assert {path.name for path in tmp_path.iterdir()} <= {"q.onnx.checkpoint"}
 
 
 def test_a_name_that_is_too_long_is_said(tmp_path: Path) -> None:

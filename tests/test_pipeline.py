@@ -411,6 +411,16 @@ def test_a_model_that_preparation_changed_is_warned_about(monkeypatch: pytest.Mo
     assert "of the prepared float model is only" in warning
 
 
+def test_last_digits_are_no_change_of_a_model() -> None:
+    """What is normalized to a deviation of 0 is noise, in the model and as prepared."""
+    text = "(float[N,4,5,5] x) => (float[N,4,5,5] y) { h = Conv(x, w) y = InstanceNormalization <epsilon=1e-12> (h, s, b) }"
+    draw = models.weights(0)
+    x = np.random.default_rng(0).standard_normal((40, 4, 5, 5)).astype(np.float32)
+    x[0] = 0.3
+    proto = models.parse(text, w=draw(4, 4, 1, 1), s=draw(4), b=draw(4))
+    assert pipeline.begin(proto, x, method="rtn", threads=1).report.warnings == []
+
+
 def test_config_round_trip(tmp_path: Path) -> None:
     config = Config.make(weight_bits=4, mean=(0.5,), bits={"a*": 8}, keep_float=("Gemm",))
     config.save(tmp_path / "c.yaml")

@@ -14,6 +14,7 @@ from models import MODELS, cached, feeds, initializer, parse, prepared, producer
 from onnx_eptq import graph as og
 from onnx_eptq.errors import ModelError
 from onnx_eptq.plan import Rules
+from onnx_eptq.prepare.opset import lower_opset
 from onnx_eptq.targets import TARGETS
 from onnx_eptq.write import STORAGE, write
 
@@ -219,6 +220,49 @@ def test_group_normalization_has_its_scales_of_channels_in_every_opset(opset):
     expected = run_ort(rewritten(found, "int8"), found.batches[0])["y"]
     step = float(found.quantized["y"].qparams.scale)
     assert np.abs(run_ort(old, found.batches[0])["y"] - expected).max() < 1.5 * step
+
+
+LOWERED = {  # what means the same in an older opset in other words: nodes, its constants, the opset
+    "GridSample": ("y = GridSample (h, g)", {"g": (2, 5, 5, 2)}, 17),
+    "GridSample, cubic": ('y = GridSample <mode="cubic"> (h, g)', {"g": (2, 5, 5, 2)}, 16),
+    "RoiAlign": ('y = RoiAlign <output_height=3, output_width=3, coordinate_transformation_mode="output_half_pixel"> (h, r, i)',
+                 {"r": (2, 4)}, 13),
+    "Split in equal parts": ("a, b = Split <axis=1, num_outputs=2> (h) y = Concat <axis=1> (b, a)", {}, 13),
+    "Split in unequal parts": ("a, b = Split <axis=2, num_outputs=2> (h) y = Concat <axis=2> (b, a)", {}, 17),
+    "Reduce over all axes": ("r = ReduceMax (h, none) y = Add(h, r)", {}, 17),
+    "AveragePool": ("y = AveragePool <kernel_shape=[2,2], dilations=[1,1]> (h)", {}, 18),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", LOWERED)
+def test_older_opsets_say_the_same_in_their_words(form):
+    nodes, shapes, opset = LOWERED[form]
+    numbers = weights(2)
+    constants = {name: np.abs(numbers(*shape)) for name, shape in shapes.items()}
+    constants |= {"w": numbers(4, 4, 1, 1), "i": np.array([0, 1]), "none": np.zeros(0, np.int64)}
+    found = quantize(parse(f"(float[2,4,7,7] x) => (float[a,b,c,d] y) {{ h = Conv(x, w) {nodes} }}", **constants))
+    old = rewritten(found, "int8", opset=opset)
+    onnx.checker.check_model(old, full_check=True)
+    expected = run_ort(rewritten(found, "int8"), found.batches[0])["y"]
+    step = float(found.quantized["y" if "y" in found.quantized else "h"].qparams.scale)
+    np.testing.assert_allclose(run_ort(old, found.batches[0])["y"], expected, atol=1.01 * step)
+
+
+STUCK = {
+    "RoiAlign": ("y = RoiAlign <output_height=3, output_width=3> (h, r, i)", 13),
+    "Split": ("a, b = Split <axis=2, num_outputs=2> (h) y = Concat <axis=2> (b, a)", 17),
+    "ReduceMean": ("e = ReduceMean <noop_with_empty_axes=1> (h) y = Add(h, e)", 17),
+    "AveragePool": ("y = AveragePool <kernel_shape=[2,2], dilations=[2,2]> (h)", 18),
+}
+
+
+@pytest.mark.parametrize("op", STUCK)
+def test_what_an_older_opset_cannot_say_is_named(op):
+    nodes, opset = STUCK[op]
+    constants = {"w": weights(0)(4, 4, 1, 1), "r": np.ones((2, 4), np.float32), "i": np.array([0, 1])}
+    graph = prepared(parse(f"(float[2,4,H,7] x) => (float[a,b,c,d] y) {{ h = Conv(x, w) {nodes} }}", **constants))
+    with pytest.raises(ModelError, match=f"no form in opset {opset}: .*{op}"):
+        lower_opset(graph, opset)
 
 
 @pytest.mark.parametrize("op", ["ReduceMean", "ReduceMax", "ReduceL2", "ReduceSum"])

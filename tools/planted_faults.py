@@ -510,8 +510,8 @@ FAULTS = (
     Fault(
         "constants folded alike whatever their attributes",
         "prepare/constants.py",
-        "key = (node.op, *attributes, *(id(t)",
-        "key = (node.op, *(id(t)",
+        "key = (node.op, len(node.outputs), *attributes, *(id(t)",
+        "key = (node.op, len(node.outputs), *(id(t)",
         ("prepare",),
     ),
     Fault(
@@ -559,8 +559,8 @@ FAULTS = (
     Fault(
         "a prepared model is not held against its source",
         "pipeline.py",
-        "if decibel < PREPARED_SQNR and",
-        "if decibel < -PREPARED_SQNR and",
+        "if not decibel >= min(PREPARED_SQNR,",
+        "if not decibel >= min(-PREPARED_SQNR,",
         ("pipeline",),
     ),
 )

@@ -167,7 +167,7 @@ def fold_constants(graph: gs.Graph) -> int:
         if not folds or any(v is None for v in values) or any(id(t) in kept for t in node.outputs):
             continue
         attributes = sorted(a.SerializeToString() for a in OnnxExporter.export_node(node).attribute)
-        key = (node.op, *attributes, *(id(t) for t in node.inputs))
+        key = (node.op, len(node.outputs), *attributes, *(id(t) for t in node.inputs))
         if key not in done:
             results = _evaluate(node, graph.opset)
             limit = max(_FOLDED_BYTES, sum(v.nbytes for v in values if v is not None))

@@ -54,24 +54,41 @@ def lower_opset(graph: gs.Graph, opset: int) -> None:
     for node in [node for node in graph.nodes if is_op(node, *_PIECES) and not _fits(node, opset)]:
         _PIECES[node.op](graph, node)
     og.toposort(graph)
-    for node in (node for node in graph.nodes if node.domain in og.STANDARD_DOMAINS):
-        axes = const_at(node, 1)
-        schema, older = onnx.defs.get_schema(node.op, graph.opset, ""), _schema(node.op, opset)
-        if node.op.startswith("Reduce") and axes is not None and older and "axes" in older.attributes:
-            node.attrs["axes"] = [int(axis) for axis in axes.ravel()]
-            shorten(node.inputs, 1)
-        if older:
-            for name in set(node.attrs) - set(older.attributes):
-                default = onnx.helper.get_attribute_value(schema.attributes[name].default_value)
-                default = default.decode() if isinstance(default, bytes) else default
-                if node.attrs[name] == default or (node.op, name) == ("Split", "num_outputs"):
-                    del node.attrs[name]
+    for node in graph.nodes:
+        if node.domain in og.STANDARD_DOMAINS and _schema(node.op, opset):
+            _lower(graph, node, opset)
     nodes = (node for scope in og.scopes(graph) for node in scope.nodes)
     stuck = [f"'{node.name}' {node.op}" for node in nodes if not _fits(node, opset)]
     if stuck:
         advice = "use a newer one" if opset < OPSET else f"export the model with opset {OPSET} or older"
         raise ModelError(f"These nodes have no form in opset {opset}: {', '.join(stuck)}; {advice}.")
     _declare_opset(graph, opset)
+
+
+def _lower(graph: gs.Graph, node: gs.Node, opset: int) -> None:
+    """Write a node's inputs and attributes as an older opset has them; what has no form there stays, for `_fits` to find."""
+    axes, older = const_at(node, 1), _schema(node.op, opset).attributes
+    if node.op.startswith("Reduce") and axes is not None and "axes" in older:
+        if axes.size:  # none are all of them
+            node.attrs["axes"] = [int(axis) for axis in axes.ravel()]
+        shorten(node.inputs, 1)
+    if node.op == "GridSample" and opset < 20:
+        mode = node.attrs.get("mode", "linear")
+        node.attrs["mode"] = {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode)
+    if node.op == "Split" and "num_outputs" in node.attrs and "num_outputs" not in older:
+        _write_sizes(graph, node)
+    if node.op == "RoiAlign" and opset < 16:  # which had one mode, not today's default
+        mode = node.attrs.pop(_MODE, "half_pixel")
+        node.attrs |= {} if mode == "output_half_pixel" else {_MODE: mode}
+        return
+    schema = onnx.defs.get_schema(node.op, graph.opset, "")
+    for name in set(node.attrs) - set(older):
+        default = onnx.helper.get_attribute_value(schema.attributes[name].default_value)
+        default = default.decode() if isinstance(default, bytes) else default
+        if name == "dilations":  # as many as there are axes
+            default = [1] * len(node.attrs[name])
+        if node.attrs[name] == default:
+            del node.attrs[name]
 
 
 def _layer_norm_pieces(graph: gs.Graph, node: gs.Node) -> None:
@@ -165,6 +182,18 @@ def _is_never_zero(sizes: gs.Tensor) -> bool:
     )
 
 
+def _write_sizes(graph: gs.Graph, node: gs.Node) -> None:
+    """Split with a number of outputs: with their sizes, where what is split has a known one."""
+    shape, count = shape_of(node.inputs[0]), int(node.attrs["num_outputs"])
+    size = shape[axis_of(node, len(shape), 0)] if shape is not None else None
+    if isinstance(size, int):
+        each = -(-size // count)
+        sizes = [each] * (count - 1) + [size - each * (count - 1)]
+        shorten(node.inputs, 1)
+        node.inputs.append(new_constant(graph, f"{node.name}_sizes", np.array(sizes, np.int64)))
+        del node.attrs["num_outputs"]
+
+
 def _number(graph: gs.Graph, node: gs.Node, value: float) -> gs.Constant:
     return new_constant(graph, f"{node.name}_constant", np.array(value, np.float32))
 
@@ -178,6 +207,9 @@ _PIECES: dict[str, Callable[[gs.Graph, gs.Node], None]] = {
     "Shape": _shape_pieces,
     "Reshape": _reshape_pieces,
 }
+
+
+_MODE = "coordinate_transformation_mode"
 
 
 def _schema(op: str, opset: int) -> Any:
@@ -308,6 +340,10 @@ def _inconvertible(proto: onnx.ModelProto, opset: int, error: Exception) -> str:
     )
 
 
+_CHANGED = {  # operators that mean something else before an opset, in the same words
+    "GroupNormalization": 21,  # a scale per group
+    "DFT": 20,  # another axis by default
+}
 _VALUES = {  # of attributes, by the opset that brought them
     ("Pad", "mode", "wrap"): 19,
     ("Resize", "coordinate_transformation_mode", "half_pixel_symmetric"): 19,
@@ -326,7 +362,7 @@ def _fits(node: gs.Node, opset: int) -> bool:
     if schema is None:
         return False
     present = len(node.inputs) <= schema.max_input and len(node.outputs) <= schema.max_output
-    if is_op(node, "GroupNormalization") and opset < 21:  # where it has a scale per group
+    if opset < _CHANGED.get(node.op, 0):
         return False
     younger = (_VALUES.get((node.op, name, value), 0) for name, value in node.attrs.items() if isinstance(value, str))
     if max(younger, default=0) > opset or (opset < 22 and _skips_ends(node)):
