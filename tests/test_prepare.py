@@ -371,6 +371,9 @@ for attrs in (
     'auto_pad = "NOTSET", pads = [1, 0, 0, 1]',
 ):
     example("explicit_padding", f"{IMAGE} {{ y = Conv<{attrs}>(x, w, b) }}", "Conv", **CONV)
+example("drop_dilations", "(float[N,3,9,9] x) => (float[N,3,P,Q] y)"
+        "{ a = AveragePool<kernel_shape = [2, 2], dilations = [1, 1]>(x)\n"
+        "y = MaxPool<kernel_shape = [2, 2], dilations = [1, 1]>(a) }", "AveragePool MaxPool")  # fmt: skip
 example("explicit_padding", "(float[N,3,H,W] x) => (float[N,3,P,Q] y)"
         '{ y = MaxPool<kernel_shape = [2, 2], auto_pad = "SAME_UPPER">(x) }', "MaxPool")  # fmt: skip
 example("explicit_padding", "(float[N,3,9,9] x) => (float[N,3,P,Q] y)"

@@ -40,6 +40,7 @@ PASSES: dict[str, Pass] = {  # in the order in which they run
         layout.sink_transposes,
         layout.hoist_transposes,
         linear.explicit_padding,
+        linear.drop_dilations,
         linear.merge_pads,
         linear.use_global_pool,
         linear.unfold_einsum,

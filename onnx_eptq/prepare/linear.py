@@ -59,6 +59,16 @@ def explicit_padding(graph: gs.Graph) -> int:
     return changes
 
 
+def drop_dilations(graph: gs.Graph) -> int:
+    """Drop dilations of 1, which ONNX Runtime's integer kernels of AveragePool do not know as an attribute."""
+    changes = 0
+    for node in graph.nodes:
+        if is_op(node, "AveragePool", "MaxPool", "LpPool") and set(node.attrs.get("dilations", ())) == {1}:
+            del node.attrs["dilations"]
+            changes += 1
+    return changes
+
+
 def _auto_pads(node: gs.Node, mode: str) -> list[int] | None:
     weight = input_at(node, 1)
     kernel = node.attrs.get("kernel_shape") or (None if weight is None or weight.shape is None else weight.shape[2:])

@@ -85,8 +85,6 @@ def _lower(graph: gs.Graph, node: gs.Node, opset: int) -> None:
     for name in set(node.attrs) - set(older):
         default = onnx.helper.get_attribute_value(schema.attributes[name].default_value)
         default = default.decode() if isinstance(default, bytes) else default
-        if name == "dilations":  # as many as there are axes
-            default = [1] * len(node.attrs[name])
         if node.attrs[name] == default:
             del node.attrs[name]
 
