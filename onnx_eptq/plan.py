@@ -789,7 +789,8 @@ class _Planner:
     def only_leaves(self, tensor: gs.Tensor) -> bool:
         """Whether nothing reads a value, moved or not, but operators that join it to others to leave the network."""
         return id(tensor) not in self.outputs and all(
-            id(reader) in self.nodes - self.region.keys()
+            id(reader) in self.nodes
+            and id(reader) not in self.region
             and (
                 id(reader.outputs[0]) in self.leaving
                 if op_of(reader).joins

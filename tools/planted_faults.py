@@ -524,8 +524,15 @@ FAULTS = (
     Fault(
         "joins share the grid of what others read",
         "plan.py",
-        "                elif not op_of(reader).joins:\n                    return False\n",
-        "",
+        "while len(self.readers(tensor)) == 1 and",
+        "while",
+        ("plan",),
+    ),
+    Fault(
+        "inputs that are joined count as states though layers read them so",
+        "plan.py",
+        "id(reader.outputs[0]) in self.leaving",
+        "True",
         ("plan",),
     ),
     Fault(
