@@ -559,8 +559,8 @@ FAULTS = (
     Fault(
         "GroupNormalization keeps scales of channels where they were those of groups",
         "prepare/opset.py",
-        'if is_op(node, "GroupNormalization") and opset < 21:',
-        'if is_op(node, "GroupNormalization") and opset < 18:',
+        '"GroupNormalization": 21,',
+        '"GroupNormalization": 18,',
         ("write",),
     ),
     Fault(
