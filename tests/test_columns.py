@@ -18,9 +18,9 @@ from onnx_eptq.columns import MOST, Columns, are_served, column_axis
 from onnx_eptq.eptq import SPREADS, Judge, _unit
 from onnx_eptq.hessian import label_free_hessian
 from onnx_eptq.mirror import build, column_factors
-from onnx_eptq.pipeline import LOW_COLUMN, low_fidelity
 from onnx_eptq.plan import linear_layers
 from onnx_eptq.prepare import even_inputs, prepare
+from onnx_eptq.remarks import LOW_COLUMN, low_fidelity
 from onnx_eptq.verify import measure_fidelity
 
 W = weights(3)
