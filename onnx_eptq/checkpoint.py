@@ -17,6 +17,8 @@ from torch import Tensor
 
 from onnx_eptq.errors import OutputError, UsageError
 
+ADVICE = "repeat them as they were, or start anew without --resume"
+
 
 @dataclass
 class State:
@@ -56,27 +58,26 @@ def load(path: Path, fingerprint: str) -> State:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
         facts = json.loads(metadata["facts"])
     if metadata.get("fingerprint") != fingerprint:
-        raise UsageError(
-            f"the checkpoint {path} belongs to another model, data, plan or settings; repeat them as they were, or start "
-            "anew without --resume"
-        )
+        raise UsageError(f"the checkpoint {path} belongs to another model, data, plan or settings; {ADVICE}")
     return State(tensors, facts)
 
 
 def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Raise UsageError for a file that is no checkpoint, or one of other settings, before what `load` compares is known."""
     with _reading(path) as file:
-        of = json.loads((file.metadata() or {})["fingerprint"])["settings"]
-    differing = [f"{name} {of.get(name)}, not {value}" for name, value in settings.items() if of.get(name) != value]
+        saved = json.loads((file.metadata() or {})["fingerprint"])["settings"]
+    differing = [
+        f"{name} {saved.get(name)}, not {value}" for name, value in settings.items() if saved.get(name) != value
+    ]
     if differing:
         raise UsageError(
-            f"the checkpoint {path} belongs to a run with other settings ({'; '.join(differing)}); repeat them as they were, or "
-            "start anew without --resume"
+            f"the checkpoint {path} belongs to a run with other settings ({'; '.join(differing)}); {ADVICE}"
         )
 
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[Any]:
+    """The open file; whatever is wrong with it while it is read becomes one UsageError."""
     try:
         with safe_open(path, "pt") as file:
             yield file

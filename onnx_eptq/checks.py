@@ -60,7 +60,7 @@ def check_device(config: Config) -> None:
 
 
 def check_output(output: str | os.PathLike[str], model: Any, data: Any = None) -> None:
-    """Raise OutputError when the file could not be written at the end."""
+    """Raise OutputError when the file could not be written at the end, or would replace what it is made from."""
     path = Path(os.path.realpath(output))  # of a link, what it leads to is replaced
     folder = path.parent
     kind = onnx.serialization.registry.get_format_from_file_extension(path.suffix)

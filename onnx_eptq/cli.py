@@ -315,10 +315,11 @@ def _run(
     kind = "quantized" if plan_in else "mixed" if config.budgets else f"int{config.weight_bits}"
     output = output or model.with_name(f"{model.stem}_{kind}.onnx")
     table = Path(config.cost_table) if config.cost_table else None
-    read = {"the model": model, "the data": data, "--plan-in": plan_in, "--config": config_file, "--cost-table": table}
     texts = {"--plan-out": plan_out, "--save-config": save_config}
-    beside = {f"-o's {part}": Path(f"{output}.{part}") for part in ("checkpoint", "data")}
-    _check_files(read, {"-o": output, **beside, **texts})
+    written = {f"-o's {part}": Path(f"{output}.{part}") for part in ("checkpoint", "data")} | texts
+    # That -o is neither the model nor the data is for `checks.check_output` to see.
+    _check_files({"the model": model, "the data": data}, written)
+    _check_files({"--plan-in": plan_in, "--config": config_file, "--cost-table": table}, {"-o": output} | written)
     _check_writable(texts)
 
     from onnx_eptq import graph, pipeline
@@ -429,11 +430,11 @@ def _read(path: Path) -> str:
 
 
 def _check_files(read: Mapping[str, Path | None], written: Mapping[str, Path | None]) -> None:
-    """Raise UsageError where a file of the run would replace another one; `check_output` knows the model and the data."""
+    """Raise UsageError where a file of the run would replace another one."""
     taken = {os.path.realpath(path): option for option, path in read.items() if path}
     for option, path in written.items():
         other = taken.setdefault(os.path.realpath(path), option) if path else option
-        if other != option and (option, other) not in (("-o", "the model"), ("-o", "the data")):
+        if other != option:
             raise UsageError(f"{option} and {other} name the same file {path}; choose another name")
 
 
@@ -530,10 +531,9 @@ def main() -> None:
     except EptqError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except (
-        OSError
-    ) as error:  # of a name that is too long, for example; what fails at its work has been caught where it does
+    except OSError as error:
         if error.filename is None:
             raise
+        # A name is too long, for example; what fails at its work is caught where it does.
         typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
         sys.exit(UsageError.exit_code)

@@ -14,9 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from onnx_eptq.errors import UsageError
 
 BUDGETS = ("compression", "max_weight_bytes", "max_size", "max_activation_memory", "max_bops", "max_cost")
-
-
-MOST = 1e30  # that an amount may be; solvers take some such number for infinity
+MOST_AMOUNT = 1e30  # solvers take some such number for infinity
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -24,7 +22,7 @@ def amount(text: str) -> float:
     """A number with a unit: 300KB, 1.5MiB, 2G; raises ValueError."""
     found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgt]i?)?b?", text.strip().lower())
     number = float(found[1]) * UNITS.get(found[2] or "", math.inf) if found else math.inf
-    if number > MOST:
+    if number > MOST_AMOUNT:
         raise ValueError("input should be a number, such as 300000, 300KB, 293KiB or 1.5G")
     return number
 

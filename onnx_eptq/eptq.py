@@ -826,9 +826,8 @@ class Learner:
             index = order.next()
             if stage.activations == "drop":
                 with DRAWING, torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(
-                        (seed * 65_537 + self.step) % SEEDS
-                    )  # a resumed run draws what the whole one draws
+                    # A resumed run draws what the whole one draws.
+                    torch.manual_seed((seed * 65_537 + self.step) % SEEDS)
                     loss = running.step(index, self.step, steps)
             else:
                 loss = running.step(index, self.step, steps)

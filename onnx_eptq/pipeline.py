@@ -72,10 +72,8 @@ SMALL = 1024  # elements of a sample: of smaller ones, more are looked at where
 COLUMN_SAMPLES, FEW_COLUMN_SAMPLES = 64, 16  # the columns of inputs and outputs are compared
 ALIKE = 8  # samples that are compared: if they are the same, so may be all
 UNSEEN = 0.5  # a score of 0 to 1 whose largest one is below was calibrated on samples without what it looks for
-SHAKEN, SHAKY = (
-    1e-6,
-    10.0,
-)  # what inputs are changed by, and how much nearer (dB) that may leave outputs than preparation did
+SHAKEN = 1e-6  # what inputs are changed by, as a part of themselves, to see what last digits make of the outputs
+SHAKY = 10.0  # dB that outputs may be nearer to the model's own after that than after preparation
 PREPARED_SQNR = 30.0  # dB; below, it is not for rounding in another order that a prepared model differs from its source
 MEASURED_WITH = ("sensitivity", "seed", "calibration", "bias_correction", "cache_mb", "batch_size")
 GROUP = 16  # samples at a time, where the model itself fixes a smaller batch
@@ -993,9 +991,8 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
                 mirror.feeds_whole(job.graph),
             )
         narrow = any(point.grid.bits < 8 for point in job.plan.values())
-        report.warnings += remarks.low_fidelity(
-            report.fidelity, "try more bits" if narrow else remarks.AT_MOST
-        ) + remarks.runtime_deviations(report.parity, report.fidelity)
+        report.warnings += remarks.low_fidelity(report.fidelity, "try more bits" if narrow else remarks.AT_MOST)
+        report.warnings += remarks.runtime_deviations(report.parity, report.fidelity)
         report.bytes = graphs.file_bytes(staged.path)
         if report.notes_bytes > remarks.MANY_NOTES * report.bytes:
             report.warnings.append(remarks.notes_of(report))

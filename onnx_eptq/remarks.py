@@ -1,4 +1,4 @@
-"""What a finished run warns of, and what its file says of itself."""
+"""What a run warns of, and what its file says of itself."""
 
 from __future__ import annotations
 

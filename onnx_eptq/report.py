@@ -124,8 +124,11 @@ class Report:
 
     def __str__(self) -> str:
         """At most `MAX_LINES` lines."""
-        texts = (list(self._lines(most)) for most in range(MAX_REASONS, 0, -1))
-        return "\n".join(next((lines for lines in texts if len(lines) <= MAX_LINES), [*self._lines(1)][:MAX_LINES]))
+        for most in range(MAX_REASONS, 0, -1):
+            lines = list(self._lines(most))
+            if len(lines) <= MAX_LINES:
+                break
+        return "\n".join(lines[:MAX_LINES])
 
     def _lines(self, most: int) -> Iterator[str]:
         """The text, with at most so many lines of a kind."""

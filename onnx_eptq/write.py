@@ -252,9 +252,8 @@ def _lut(writer: Writer, name: str, codes: np.ndarray, grid: Grid) -> gs.Tensor:
     prefix = f"lut{writer.numbers[name]}"
     index = writer.node("Cast", f"{prefix}_index", [writer.constant(f"{name}_packed", packed)], to=DTYPES["int32"].onnx)
     rows = writer.common(f"table_{unit}", table)
-    if (
-        planes
-    ):  # in int32: runtimes neither multiply nor add int8; a Cast behind each Gather would keep OpenVINO from folding
+    if planes:
+        # In int32: runtimes neither multiply nor add int8. A Cast behind each Gather would keep OpenVINO from folding.
         rows = writer.widened(rows)
     values = writer.node("Gather", f"{prefix}_values", [rows, index])
     if planes:

@@ -78,8 +78,8 @@ def _lower(graph: gs.Graph, node: gs.Node, opset: int) -> None:
     if node.op == "Split" and "num_outputs" in node.attrs and "num_outputs" not in older:
         _write_sizes(graph, node)
     if node.op == "RoiAlign" and opset < 16:  # which had one mode, not today's default
-        mode = node.attrs.pop(_MODE, "half_pixel")
-        node.attrs |= {} if mode == "output_half_pixel" else {_MODE: mode}
+        if node.attrs.setdefault("coordinate_transformation_mode", "half_pixel") == "output_half_pixel":
+            del node.attrs["coordinate_transformation_mode"]
         return
     schema = onnx.defs.get_schema(node.op, graph.opset, "")
     for name in set(node.attrs) - set(older):
@@ -205,9 +205,6 @@ _PIECES: dict[str, Callable[[gs.Graph, gs.Node], None]] = {
     "Shape": _shape_pieces,
     "Reshape": _reshape_pieces,
 }
-
-
-_MODE = "coordinate_transformation_mode"
 
 
 def _schema(op: str, opset: int) -> Any:
