@@ -594,6 +594,13 @@ def _producers(node: gs.Node) -> list[gs.Node]:
     return [producer for tensor in _reads(node) for producer in tensor.inputs]
 
 
+def same_constants(a: gs.Graph, b: gs.Graph) -> bool:
+    """Whether the constants of one graph and its copy still hold the same numbers."""
+    others = b.tensors()
+    mine = (tensor for tensor in a.tensors().values() if isinstance(tensor, gs.Constant))
+    return all(np.array_equal(tensor.values, others[tensor.name].values) for tensor in mine)
+
+
 def tensors_read(node: gs.Node) -> list[gs.Tensor]:
     """Return what the node reads from its own scope, each once: its inputs, and what its subgraphs capture."""
     inner = list(node.subgraphs(recursive=True))

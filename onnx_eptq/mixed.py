@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from numbers import Real
 from typing import Any
@@ -18,6 +19,9 @@ from onnx_eptq.plan import Plan, linear_layers
 from onnx_eptq.resources import CostRow, Resource, Sizes
 from onnx_eptq.sensitivity import Losses
 from onnx_eptq.widths import Choice, Group, with_widths
+
+# Times the least loss. Estimates from 64 vectors err by as much, and what is learned varies by as much with the order of sums.
+TELLING = 1.2
 
 
 @dataclass
@@ -34,6 +38,7 @@ class Allocation:
     """What was chosen: widths by layer and by activation, the loss to expect, and how much of each budget is used.
 
     `average_bits` counts every weight element with its layer's width; `optimal` is False when the solver's time was up.
+    `least_loss` is the least that was found to be expected: below `expected_loss` where one width for all is level with it.
     """
 
     weights: dict[str, int]
@@ -46,6 +51,7 @@ class Allocation:
     solver: str = ""
     solve_seconds: float = 0.0
     measure_seconds: float = 0.0
+    least_loss: float = 0.0
 
 
 @dataclass
@@ -145,7 +151,9 @@ class Mixed:
         self.program.solve(self.limits(**budgets))
 
     def choose(self, **budgets: float | None) -> tuple[Plan, Allocation]:
-        """The plan of least expected loss within the budgets.
+        """The plan of least expected loss within the budgets; one width for all where that is level with it (`TELLING`).
+
+        A gain too small to be told is none once weights are learned, and hardware likes layers of one width.
 
         Raises:
             UsageError: nothing is within them.
@@ -154,14 +162,32 @@ class Mixed:
             if amount is not None and not (isinstance(amount, Real) and 0 < amount < math.inf):
                 raise UsageError(f"the budget {name} is a number above 0, not {amount!r}")
         limits = self.limits(**budgets)
-        return self._chosen(self.program.solve(limits), limits)
+        best = self.program.solve(limits)
+        even = [choice for choice in self._even() if all(limit.resource.use(choice) <= limit.most for limit in limits)]
+        choice = min(even, key=self.program.loss, default=best.choice)
+        loss = self.program.loss(choice)
+        found = replace(best, choice=choice, loss=loss) if loss <= TELLING * best.loss else best
+        return self._chosen(found, limits, best.loss)
+
+    def _even(self) -> Iterator[dict[str, int]]:
+        """The choices of one width for all weights and one for all activations that may choose."""
+        free = [group for group in self.groups if len(group.widths) > 1]
+        widths = {
+            role: sorted({bits for group in free if group.role == role for bits in group.widths}) or [0]
+            for role in ("weight", "activation")
+        }
+        for weights, activations in itertools.product(widths["weight"], widths["activation"]):
+            choice = {group.name: weights if group.role == "weight" else activations for group in free}
+            if all(choice[group.name] in group.widths for group in free):
+                yield {group.name: choice.get(group.name, group.widest) for group in self.groups}
 
     def evaluate(self, choice: Choice, **budgets: float | None) -> tuple[Plan, Allocation]:
         """The same for widths that were chosen otherwise (uniform ones, say)."""
         full = {group.name: choice.get(group.name, group.widest) for group in self.groups}
-        return self._chosen(Solution(full, self.program.loss(full), False), self.limits(**budgets))
+        loss = self.program.loss(full)
+        return self._chosen(Solution(full, loss, False), self.limits(**budgets), loss)
 
-    def _chosen(self, solution: Solution, limits: Sequence[Limit]) -> tuple[Plan, Allocation]:
+    def _chosen(self, solution: Solution, limits: Sequence[Limit], least: float) -> tuple[Plan, Allocation]:
         choice = solution.choice
         plan = with_widths(self.plan, choice)
         layers = [layer for layer in linear_layers(self.graph) if layer.weight.name in plan]
@@ -178,6 +204,7 @@ class Mixed:
             solution.solver,
             solution.seconds,
             self.measure_seconds,
+            least,
         )
         return plan, allocation
 
@@ -192,7 +219,7 @@ class Mixed:
             share = (index / max(points - 1, 1)) ** 1.5  # small sizes are where it matters
             limit = Limit(size, max(low, low + (high - low) * share))
             solution = self.program.solve([*limits, limit])
-            plan, allocation = self._chosen(solution, [*limits, limit])
+            plan, allocation = self._chosen(solution, [*limits, limit], solution.loss)
             used = int(size.use(solution.choice))
             if not found or solution.loss < found[-1].allocation.expected_loss:
                 found.append(Point(int(self.sizes.weights.use(solution.choice)), used, allocation, plan))

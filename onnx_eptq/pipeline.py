@@ -75,6 +75,7 @@ UNSEEN = 0.5  # a score of 0 to 1 whose largest one is below was calibrated on s
 SHAKEN = 1e-6  # what inputs are changed by, as a part of themselves, to see what last digits make of the outputs
 SHAKY = 10.0  # dB that outputs may be nearer to the model's own after that than after preparation
 PREPARED_SQNR = 30.0  # dB; below, it is not for rounding in another order that a prepared model differs from its source
+USUAL = {"weight": 4, "activation": 8}  # bits that channels are evened out for before widths are chosen
 MEASURED_WITH = ("sensitivity", "seed", "calibration", "bias_correction", "cache_mb", "batch_size")
 GROUP = 16  # samples at a time, where the model itself fixes a smaller batch
 MOST_TIMES = 2  # the steps, where batches are smaller than the effort's
@@ -159,6 +160,9 @@ def quantize(
         mixed, stats = explored(job, phases)
         job.plan, job.report.allocation = mixed.choose(**job.config.budgets)
         describe_plan(job)
+        equalized(job, phases)
+        if not graphs.same_constants(job.graph, mixed.graph):  # evened out otherwise, for these widths
+            stats = None
     ready = calibrated(job, phases, stats)
     if job.config.method != "rtn":
         learned(job, ready, saved, resume, phases)
@@ -633,12 +637,13 @@ def observed(job: Job, teacher: mirror.Mirror, batches: Feed, graph: gs.Graph, p
     stats = calibrate.observe(
         teacher, job.plan, job.layers, seen.watch(phases.over("calibrate", batches, len(batches)), teacher.whole)
     )
-    job.report.warnings += [
+    outliers = [
         f"{count} of {len(seen.largest[name])} samples of input '{name}' reach {ratio:.0f} times as far as most, and leave few "
         "steps to the others; take them out if the model meets none such in use"
         for name, (count, ratio) in seen.outliers().items()
         if name in job.plan
     ]
+    job.report.warn(*outliers)  # statistics may be taken twice, before and after widths are chosen
     if job.config.calibration == "hmse":
         samples, batch = range_samples(job, teacher, batches, graph, stats)
         wanted = batch * gradient_bytes(stats) / 2**20
@@ -647,7 +652,7 @@ def observed(job: Job, teacher: mirror.Mirror, batches: Feed, graph: gs.Graph, p
                 hessian.weigh_ranges(teacher, graph, job.plan, stats, samples, batch=batch, seed=job.config.seed)
                 choose_leaning(job, teacher, graph, stats, samples, batch)
         else:
-            job.report.warnings.append(
+            job.report.warn(
                 f"activation ranges count all errors alike: gradients need {wanted:.0f} MB, more than --cache-mb allows"
             )
     return stats
@@ -772,18 +777,26 @@ def unmeasured(job: Job) -> Mixed:
 
 
 def explored(job: Job, phases: Phases) -> tuple[Mixed, calibrate.Stats | None]:
-    """Measure the loss of every width that may be chosen, or read what was measured before; and the statistics, if needed."""
-    equalized(job, phases)
-    mixed, config = unmeasured(job), job.config
+    """Measure the loss of every width that may be chosen, or read what was measured before; and the statistics, if needed.
+
+    Both are of a copy of the graph (`Mixed.graph`), whose channels are evened out for usual widths (`USUAL`): what evens them
+    out best depends on the widths, which are not chosen yet.
+    """
+    usual = with_widths(job.plan, {group.name: USUAL[group.role] for group in job.groups})
+    copy = graphs.copy(job.graph)
+    measured = replace(job, graph=copy, layers=linear_layers(copy), plan=usual)
+    equalized(measured, phases)
+    measured.plan = job.plan
+    mixed, config = unmeasured(measured), job.config
     start = time.perf_counter()
     folder = Path(config.sensitivity_cache) if config.sensitivity_cache else sensitivity.default_folder()
-    cache = sensitivity.Cache(folder, sensitivity_key(job))
+    cache = sensitivity.Cache(folder, sensitivity_key(measured))
     missing = cache.missing(job.groups)
     stats = None
     if missing:
-        teacher, batches, graph = make_teacher(job)
-        stats = observed(job, teacher, batches, graph, phases)
-        batch = gradient_batch(job, graph, 32)
+        teacher, batches, graph = make_teacher(measured)
+        stats = observed(measured, teacher, batches, graph, phases)
+        batch = gradient_batch(measured, graph, 32)
         judged = weight_samples(job)
         some = batches.subset(min(job.batches.num_samples, judged + FIT_SAMPLES), config.seed)
         setting = sensitivity.Setting(
@@ -797,7 +810,7 @@ def explored(job: Job, phases: Phases) -> tuple[Mixed, calibrate.Stats | None]:
             config.seed,
             config.cache_mb * 2**20,
             config.calibration,
-            calibrate.elementwise_readers(job.graph),
+            calibrate.elementwise_readers(copy),
         )
         measure = sensitivity.MEASURES[config.sensitivity]
         for name, row in phases.over("sensitivity", measure(setting, missing), len(missing)):

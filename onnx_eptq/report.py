@@ -118,6 +118,10 @@ class Report:
     estimate: dict[str, float] | None = None
     allocation: Allocation | None = None
 
+    def warn(self, *warnings: str) -> None:
+        """Add what the user is to be warned of, each once."""
+        self.warnings += [text for text in dict.fromkeys(warnings) if text not in self.warnings]
+
     def to_json(self) -> str:
         """All fields as JSON text."""
         return json.dumps(asdict(self), indent=1)
@@ -184,6 +188,8 @@ class Report:
         for name, use in found.budgets.items():
             yield f"budget     {name}: {use.used:,.10g} of {use.limit:,.10g} {use.unit}".rstrip()
         said = "proven best" if found.optimal else "the best found in the time it had, not proven"
+        if found.expected_loss > found.least_loss:
+            said = f"one width for all, as the best promises {found.least_loss:.4g}, too little less to tell"
         yield (
             f"           expected loss {found.expected_loss:.4g} ({found.sensitivity}, {found.measure_seconds:.1f} s); "
             f"{found.solver} {found.solve_seconds:.1f} s: {said}"

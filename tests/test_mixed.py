@@ -12,8 +12,10 @@ import onnxruntime as ort
 import pytest
 import torch
 from test_cli import cli
+from test_equalize import PLACES
 
 import onnx_eptq
+from models import feeds
 from onnx_eptq import front, pipeline, sensitivity
 from onnx_eptq.config import Config
 from onnx_eptq.errors import UsageError
@@ -115,6 +117,53 @@ def test_as_many_bytes_as_a_file_of_one_width_has_allow_that_width(tmp_path: Pat
     assert json.loads(words["onnx_eptq.settings"])["seed"] == 1
     as_even = {n.name: n.widest if n.role != "weight" else bits for n in mixed.groups}
     assert mixed.sizes.file.use(as_even) == even.bytes
+
+
+@pytest.mark.parametrize("name", ["conv", "depthwise"])
+def test_channels_are_evened_out_for_the_widths_that_were_chosen(tmp_path: Path, name: str) -> None:
+    """Where the budget leaves 3 bits alone, the file is the one that 3 bits everywhere give; 8 bits even out otherwise."""
+    model = PLACES[name]
+    data = {key: np.concatenate([feed[key] for feed in feeds(model, batch=32)]) for key in feeds(model)[0]}
+    settings = {"method": "rtn", "threads": 1, "sensitivity_cache": tmp_path}
+    even = onnx_eptq.quantize(model, data, weight_bits=3, **settings)
+    wide = onnx_eptq.quantize(model, data, weight_bits=8, **settings).report.equalized
+    found = onnx_eptq.explore(model, data, weight_choices=(3, 8), **settings)
+    _, least = found.evaluate(uniform(found, 3), max_weight_bytes=1e9)
+    budget = least.budgets["weight memory"].used
+    mixed = onnx_eptq.quantize(model, data, weight_choices=(3, 8), max_weight_bytes=budget, **settings)
+    assert set(mixed.report.allocation.weights.values()) == {3}
+    assert mixed.report.equalized == even.report.equalized != wide
+    assert mixed.model.graph.SerializeToString() == even.model.graph.SerializeToString()
+
+
+def test_samples_are_run_once_where_the_chosen_widths_change_no_channel(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    original = pipeline.calibrate.observe
+    monkeypatch.setattr(pipeline.calibrate, "observe", lambda *args: runs.append(1) or original(*args))
+    settings = {**QUICK, "seed": 9, "compression": 8, "sensitivity_cache": str(folder)}
+    assert not onnx_eptq.quantize(DIGITS, CALIB, **settings).report.equalized
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize(("gain", "even"), [(1.1, True), (1.5, False)])
+def test_one_width_for_all_where_others_promise_too_little_to_tell(mixed: Mixed, gain: float, even: bool) -> None:
+    """A small layer may have 4 bits for what a large one loses at 2, nothing; all others need 3."""
+    sizes = {layer.weight.name: layer.weight.values.size for layer in pipeline.linear_layers(mixed.graph)}
+    small, *others, _ = sorted(sizes, key=sizes.__getitem__)
+    losses = {group.name: dict.fromkeys(group.widths, 0.0) for group in mixed.groups}
+    losses[small] |= {2: 10.0, 3: gain - 1}
+    losses[others[0]] = dict.fromkeys(losses[small], 1.0)
+    for name in others:
+        losses[name][2] = 10.0
+    known = replace(mixed, losses=losses)
+    _, found = known.choose(compression=32 / 3)
+    assert (set(found.weights.values()) == {3}) == even
+    assert found.least_loss <= found.expected_loss <= 1.2 * found.least_loss
+    assert (found.least_loss < found.expected_loss) == even
+    report = replace(onnx_eptq.quantize(DIGITS, CALIB, **QUICK).report, allocation=found)
+    assert ("one width for all" in str(report)) == even
 
 
 def test_two_budgets_hold_together(mixed: Mixed) -> None:
