@@ -9,8 +9,9 @@ computes the same numbers, bit for bit.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,21 +30,39 @@ log = logging.getLogger(__name__)
 # How much of the spread of a value's channels, and of the readers' weights, goes into the factors.
 EXPONENTS = ((0.25, 0.0), (0.5, 0.0), (0.25, 0.75), (0.5, 0.5), (0.75, 0.25), (1.0, 0.0))
 RANGES = (1.0, 0.8, 0.6, 0.4)  # shares of the range that compete, as calibration would cut outliers off
+MILDER = (
+    0.7  # of the error: factors further apart must leave less than that, as few samples show how far channels reach
+)
+HOPELESS = 2.0  # times the least error so far: such factors are not tried on more samples
 GAIN = 0.9  # of the error that is left at most: less is not worth a change
 REACH = 8  # powers of two that a factor may be away from the middle
+
+
+@dataclass(frozen=True)
+class Maker:
+    """A constant with one number (or slice) per channel along `axis`, for the value's channels from `first` on."""
+
+    constant: gs.Constant
+    axis: int
+    first: int = 0
+
+    def own(self, factors: Tensor) -> Tensor:
+        """The factors of its channels, shaped to divide it by."""
+        shape = self.constant.shape
+        return along(factors[self.first : self.first + shape[self.axis]], self.axis, len(shape))
 
 
 @dataclass(frozen=True)
 class Place:
     """A value whose channels (along `axis`) can be scaled.
 
-    `makers` are the constants that are divided by the factors, each with its own channel axis; `readers` the linear layers
-    that read the value, and nothing else does.
+    `makers` are the constants that are divided by the factors; `readers` the linear layers that read the value, and nothing
+    else does.
     """
 
     value: str
     axis: int
-    makers: tuple[tuple[gs.Constant, int], ...]
+    makers: tuple[Maker, ...]
     readers: tuple[Layer, ...]
 
 
@@ -93,9 +112,7 @@ def _fits(layer: Layer, channels: int) -> bool:
     return len(layer.weight.outputs) == 1 and weight[1 - layer.axis] * layer.node.attrs.get("group", 1) == channels
 
 
-def _makers(
-    tensor: gs.Tensor, axis: int, made: dict[str, Layer], outputs: set[int]
-) -> tuple[tuple[gs.Constant, int], ...]:
+def _makers(tensor: gs.Tensor, axis: int, made: dict[str, Layer], outputs: set[int]) -> tuple[Maker, ...]:
     """The constants that scale the channels of `tensor`, across operators that keep channels apart; none: ()."""
     while id(tensor) not in outputs and tensor.inputs and tensor.shape is not None:
         channels = tensor.shape[axis]
@@ -106,10 +123,12 @@ def _makers(
                 return ()
             if layer.axis is None or layer.output_axis % len(tensor.shape) != axis:
                 return ()
-            biases = [(layer.bias, -1)] if layer.bias is not None else []
-            return _sole([(layer.weight, layer.axis), *biases], channels)
+            biases = [Maker(layer.bias, -1)] if layer.bias is not None else []
+            return _sole([Maker(layer.weight, layer.axis), *biases], channels)
         node = tensor.inputs[0]
-        affine = [(node.inputs[i], -1) for i in op_of(node).affine if i < len(node.inputs)]
+        if op_of(node).joins:
+            return _joined(node, axis, made, outputs)
+        affine = [Maker(node.inputs[i], -1) for i in op_of(node).affine if i < len(node.inputs)]
         if affine:
             here = op_of(node).output_axis % len(tensor.shape) == axis
             return _sole(affine, channels) if here else ()
@@ -120,13 +139,30 @@ def _makers(
     return ()
 
 
-def _sole(constants: list[tuple[gs.Tensor, int]], channels: Any) -> tuple[tuple[gs.Constant, int], ...]:
+def _sole(makers: list[Maker], channels: Any) -> tuple[Maker, ...]:
     """The constants, if each has one number (or slice) per channel and nothing else reads it."""
     sound = all(
-        is_constant(constant) and len(constant.outputs) == 1 and constant.shape and constant.shape[axis] == channels
-        for constant, axis in constants
+        is_constant(maker.constant)
+        and len(maker.constant.outputs) == 1
+        and maker.constant.shape
+        and maker.constant.shape[maker.axis] == channels
+        for maker in makers
     )
-    return tuple(constants) if sound else ()
+    return tuple(makers) if sound else ()
+
+
+def _joined(node: gs.Node, axis: int, made: dict[str, Layer], outputs: set[int]) -> tuple[Maker, ...]:
+    """The constants that scale the channels of all parts of a Concat, which lie behind each other or are the same."""
+    found: list[Maker] = []
+    first = 0
+    for part in node.inputs:
+        makers = _makers(part, axis, made, outputs) if len(part.outputs) == 1 else ()
+        if not makers:
+            return ()
+        found += [replace(maker, first=first + maker.first) for maker in makers]
+        if node.attrs["axis"] % len(part.shape) == axis:
+            first += part.shape[axis]
+    return tuple(found)
 
 
 def _axis_before(node: gs.Node, axis: int) -> int | None:
@@ -187,38 +223,63 @@ def candidates(place: Place, seen: Tensor, weights: Sequence[Tensor]) -> list[Te
 class _Trial:
     """The readers' errors at one place, for each candidate and range."""
 
-    def __init__(self, place: Place, plan: Plan, teacher: Mirror, low: Tensor, high: Tensor) -> None:
+    def __init__(
+        self, place: Place, plan: Plan, teacher: Mirror, ends: tuple[Tensor, Tensor], importance: Mapping[str, Tensor]
+    ) -> None:
+        low, high = ends
         self.place, self.grid = place, plan.root(place.value).grid
+        self.importance = [importance.get(layer.output.name) for layer in place.readers]
         self.weights = [teacher.constant(layer.weight.name) for layer in place.readers]
         self.factors = candidates(place, torch.maximum(low.abs(), high.abs()), self.weights)
         self.options = []
         for factors in self.factors:
-            ends = float((low / factors).min()), float((high / factors).max())
-            grids = [affine_qparams(ends[0] * share, ends[1] * share, self.grid) for share in RANGES]
+            least, most = float((low / factors).min()), float((high / factors).max())
+            grids = [affine_qparams(least * share, most * share, self.grid) for share in RANGES]
             rounded = [
                 _rounded(scaled_weight(layer, weight, factors), plan[layer.weight.name].grid)
                 for layer, weight in zip(place.readers, self.weights, strict=True)
             ]
             self.options.append((factors, grids, rounded))
-        self.errors = torch.zeros(len(self.factors), len(RANGES), dtype=torch.float64)
+        self.errors = torch.zeros(2, len(self.factors), len(RANGES), dtype=torch.float64)
+        self.open = list(
+            range(len(self.factors))
+        )  # what is still in the running; without factors all the rest is measured by
 
     def see(self, x: Tensor) -> None:
-        """Add the errors of one batch, each in units of the reader's output."""
+        """Add the errors of one batch: in units of the reader's output, and by what they count where that is known."""
         exact = [apply_linear(layer, x, w) for layer, w in zip(self.place.readers, self.weights, strict=True)]
-        for i, (factors, grids, rounded) in enumerate(self.options):
+        for i in self.open:
+            factors, grids, rounded = self.options[i]
             scaled = x / along(factors, self.place.axis, x.ndim)
             for j, qparams in enumerate(grids):
                 quantized = fake_quantize(scaled, qparams, self.grid)
-                for layer, weight, y in zip(self.place.readers, rounded, exact, strict=True):
-                    error = (apply_linear(layer, quantized, weight) - y).square().mean()
-                    self.errors[i, j] += float(error / y.square().mean().clamp(min=1e-20))
+                for layer, weight, y, counts in zip(self.place.readers, rounded, exact, self.importance, strict=True):
+                    error = (apply_linear(layer, quantized, weight) - y).square()
+                    self.errors[0, i, j] += float(error.mean() / y.square().mean().clamp(min=1e-20))
+                    if counts is not None:
+                        by_channel = error.movedim(layer.output_axis, 0).flatten(1).mean(1)
+                        self.errors[1, i, j] += float(by_channel.double() @ counts)
+        shares = self._shares()
+        hopeless = [i for i in self.open[1:] if shares[i] > HOPELESS * shares.min()]
+        self.errors[:, hopeless] = math.inf
+        self.open = [i for i in self.open if i not in hopeless]
+
+    def _shares(self) -> Tensor:
+        """What each candidate leaves of the error that is there without factors: the larger share of the two errors."""
+        least = self.errors.amin(2)
+        return (least / least[:, :1].clamp(min=1e-30))[least[:, 0] > 0].amax(0)
 
     def best(self) -> tuple[Tensor, float] | None:
-        """The best factors and their share of the error without any; None if that gains too little."""
-        least = self.errors.amin(1)
-        chosen = int(least.argmin())
-        share = float(least[chosen] / least[0].clamp(min=1e-30))
-        return (self.factors[chosen], share) if share < GAIN else None
+        """The best factors and the share of the error without any that they leave; None if that gains too little.
+
+        Both errors must fall, as gradients are a linear approximation, and large channels are not all that counts.
+        """
+        shares = self._shares()
+        if shares.min() >= GAIN:
+            return None
+        near = [i for i, share in enumerate(shares) if share < GAIN and MILDER * share <= shares.min()]
+        chosen = min(near, key=lambda i: float(self.factors[i].log2().abs().sum()))
+        return self.factors[chosen], float(shares[chosen])
 
 
 def _rounded(weight: Tensor, grid: Grid) -> Tensor:
@@ -227,7 +288,12 @@ def _rounded(weight: Tensor, grid: Grid) -> Tensor:
 
 @torch.no_grad()
 def equalize(
-    graph: gs.Graph, teacher: Mirror, plan: Plan, layers: Sequence[Layer], batches: Iterable[dict[str, np.ndarray]]
+    graph: gs.Graph,
+    teacher: Mirror,
+    plan: Plan,
+    layers: Sequence[Layer],
+    batches: Iterable[dict[str, np.ndarray]],
+    importance: Mapping[str, Tensor] | None = None,
 ) -> list[Equalized]:
     """Scale channels wherever that lowers the error of the layers behind; the graph's constants are changed in place.
 
@@ -237,6 +303,8 @@ def equalize(
         plan: where quantizers sit and how wide they are.
         layers: the graph's linear layers.
         batches: samples to choose by, read twice.
+        importance: what errors count in the channels of the layers' outputs, by output; those of a place's readers are known
+            all or not at all.
     """
     places = {place.value: place for place in find_places(graph, layers, plan)}
     if not places:
@@ -253,7 +321,9 @@ def equalize(
         return x
 
     _run(teacher, observe, batches)
-    trials = {value: _Trial(places[value], plan, teacher, *ends[value]) for value in places if value in ends}
+    trials = {
+        value: _Trial(places[value], plan, teacher, ends[value], importance or {}) for value in places if value in ends
+    }
 
     def compare(value: str, x: Tensor) -> Tensor:
         if value in trials:
@@ -277,9 +347,9 @@ def _apply(trials: Iterable[_Trial]) -> Iterator[Equalized]:
             continue
         factors, share = best[0].cpu(), best[1]
         place = trial.place
-        for constant, axis in place.makers:
-            values = torch.from_numpy(np.array(constant.values))
-            constant.values = (values / along(factors, axis, values.ndim)).numpy()
+        for maker in place.makers:
+            values = torch.from_numpy(np.array(maker.constant.values))
+            maker.constant.values = (values / maker.own(factors)).numpy()
         for layer in place.readers:
             weight = torch.from_numpy(np.array(layer.weight.values))
             layer.weight.values = scaled_weight(layer, weight, factors).numpy()

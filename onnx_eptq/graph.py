@@ -197,6 +197,7 @@ def _import(model: onnx.ModelProto) -> gs.Graph:
     composed = {node.op_type for node in model.graph.node if node.domain in STANDARD_DOMAINS} & set(_COMPOSED)
     if model.functions or composed:
         model = _inline(model, composed)
+    _make_outputs(model.graph)
     _name_nodes(model.graph, set())
     extras = _harvest(model)
     _drop_untyped(model.graph)
@@ -232,6 +233,7 @@ def _inline(model: onnx.ModelProto, composed: Collection[str]) -> onnx.ModelProt
     """Write out the model's own functions, and these operators as the ONNX specification composes them of older ones."""
     import onnx.inliner  # rarely needed
 
+    _spell_function_defaults(model)
     inlined: onnx.ModelProto = onnx.inliner.inline_local_functions(model, True) if model.functions else model
     if composed:
         typed = onnx.ModelProto()
@@ -256,6 +258,18 @@ def _inline(model: onnx.ModelProto, composed: Collection[str]) -> onnx.ModelProt
     return inlined
 
 
+def _spell_function_defaults(model: onnx.ModelProto) -> None:
+    """Give calls of the model's own functions the attributes that they leave at the functions' defaults: inlining drops those."""
+    functions = {(f.domain, f.name, f.overload): f for f in model.functions}
+    stack = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while stack:
+        node = stack.pop()
+        stack += [inner for subgraph in _subgraph_protos(node) for inner in subgraph.node]
+        called = functions.get((node.domain, node.op_type, node.overload))
+        given = {attribute.name for attribute in node.attribute}
+        node.attribute.extend(a for a in (called.attribute_proto if called else ()) if a.name not in given)
+
+
 def _spell_defaults(node: onnx.NodeProto, opset: int) -> None:
     """Write out the attributes that a node leaves at their defaults: what the inliner composes would lack their values."""
     given = {attribute.name for attribute in node.attribute}
@@ -268,6 +282,25 @@ def _subgraph_protos(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     for attribute in node.attribute:
         if attribute.type == AttributeProto.GRAPH:
             yield attribute.g
+
+
+def _make_outputs(graph: onnx.GraphProto) -> None:
+    """Let nodes make what subgraphs return; graphsurgeon forgets an initializer that is an output."""
+    for subgraph in (subgraph for node in graph.node for subgraph in _subgraph_protos(node)):
+        returned = {output.name for output in subgraph.output}
+        kept = [tensor for tensor in subgraph.initializer if tensor.name not in returned]
+        made = [
+            onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)
+            for tensor in subgraph.initializer
+            if tensor.name in returned
+        ]
+        if made:
+            nodes = [*made, *subgraph.node]
+            subgraph.ClearField("initializer")
+            subgraph.ClearField("node")
+            subgraph.initializer.extend(kept)
+            subgraph.node.extend(nodes)
+        _make_outputs(subgraph)
 
 
 def _name_nodes(graph: onnx.GraphProto, taken: set[str]) -> None:

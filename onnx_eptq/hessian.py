@@ -238,6 +238,35 @@ def position_importance(
     return scaled
 
 
+def channel_importance(
+    teacher: Mirror,
+    graph: gs.Graph,
+    layers: Sequence[Layer],
+    samples: Sequence[Tensor],
+    *,
+    batch: int = 32,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """What an error counts in each channel of a layer's output: the mean squared gradient of what students are judged by.
+
+    Arguments as for `label_free_hessian`. Layers that no gradient reaches are left out.
+
+    Returns:
+        By layer output, [channels], float64 (unit: output**2 / value**2, summed over a sample's positions).
+    """
+    totals = [torch.zeros(1, dtype=torch.float64)] * len(layers)
+
+    def reduced(index: int, square: Tensor) -> Tensor:
+        return square.movedim(layers[index].output_axis, 0).flatten(1).sum(1)
+
+    names = [layer.output.name for layer in layers]
+    options: dict[str, Any] = {"probes": FEW_PROBES, "batch": batch, "seed": seed, "reduced": reduced}
+    for sums in squared_gradients(teacher, judged_targets(graph), names, samples, **options):
+        totals = [total.to(part.device) + part for total, part in zip(totals, sums, strict=True)]
+    found = {name: total / len(samples[0]) for name, total in zip(names, totals, strict=True)}
+    return {name: total for name, total in found.items() if 0 < float(total.sum()) < math.inf}
+
+
 def weigh_ranges(
     teacher: Mirror,
     graph: gs.Graph,

@@ -22,6 +22,17 @@ from onnx_eptq.errors import ModelError
 
 _RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 
+_TYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+    "tensor(bool)": np.bool_,
+}
+
 
 @cache
 def _kernels() -> frozenset[tuple[str, str]]:
@@ -41,6 +52,41 @@ def can_run(node: gs.Node) -> bool:
         return False
     schema = onnx.defs.get_schema(node.op)
     return bool(schema.has_function or schema.has_context_dependent_function)  # the runtime takes it apart
+
+
+def declare(graph: gs.Graph) -> int:
+    """Fill in the types and shapes that ONNX Runtime infers of what vendor operators make, and return of how many values.
+
+    ONNX's own inference knows nothing of them, nor of all that is behind them.
+    """
+    unknown = {
+        tensor.name: tensor
+        for node in graph.nodes
+        if node.domain not in graphs.STANDARD_DOMAINS
+        for tensor in node.outputs
+        if tensor.name and tensor.dtype is None
+    }
+    if not unknown:
+        return 0
+    model = graphs.skeleton(graph)
+    known = {value.name for value in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in unknown if name not in known)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception:  # onnxruntime raises a dozen unrelated classes; what it cannot tell stays unknown
+        return 0
+    count = 0
+    for value in session.get_outputs():
+        kind = _TYPES.get(value.type)
+        if value.name in unknown and kind is not None:
+            dims = enumerate(value.shape)
+            unknown[value.name].dtype = kind
+            unknown[value.name].shape = [n if n is not None else f"{value.name}_dim_{i}" for i, n in dims]
+            count += 1
+    return count
 
 
 class Island(nn.Module):

@@ -64,7 +64,7 @@ from onnx_eptq.widths import DEFAULT_WEIGHT_WIDTHS, Asked, Group, candidates, wi
 from onnx_eptq.write import write
 
 WEIGHT_SAMPLES = 64  # samples on which weight scales compete; half of it for images, fewer of larger ones
-EQUALIZE_SAMPLES = 16  # samples on which factors between channels are chosen; of large ones, half as many as for scales
+EQUALIZE_SAMPLES = 64  # samples on which factors between channels are chosen: fewer do not show how far channels reach
 FIT_SAMPLES = 256  # by which weights are rounded when sensitivities are measured
 FIDELITY_SAMPLES, LEAST_FIDELITY = 256, 32  # how many are compared, and of large samples
 PARITY_SAMPLES = 8
@@ -207,7 +207,11 @@ def begin(
         checks.check_output(output, model, data)
     with phases("prepare"):
         graph = graphs.load(model)
-        source = Path(model) if isinstance(model, str | os.PathLike) else graphs.to_model(graphs.copy(graph))
+        source: onnx.ModelProto | Path
+        if isinstance(model, onnx.ModelProto):
+            source = model  # as it came, so that it shows what importing changed
+        else:
+            source = graphs.to_model(graphs.copy(graph)) if isinstance(model, gs.Graph) else Path(model)
         if output is not None and isinstance(source, Path):
             checks.check_weights_kept(output, source)
         check_ops(graph)
@@ -475,7 +479,8 @@ def changed_outputs(job: Job, teacher: mirror.Mirror, batch: Mapping[str, np.nda
     """A warning for every float output that the prepared graph computes otherwise than the model, before it is quantized.
 
     It should never come. But what is simulated and verified is the prepared graph, and only this holds it against the model.
-    Outputs that last digits of the inputs change as much say nothing: what is normalized to a standard deviation of 0.
+    Outputs that last digits of the inputs change as much say nothing: what is normalized to a standard deviation of 0. Nor do
+    scores that differ by less than kernels do.
     """
     draw = np.random.default_rng(0).uniform
     shaken = {
@@ -491,11 +496,16 @@ def changed_outputs(job: Job, teacher: mirror.Mirror, batch: Mapping[str, np.nda
         values = teacher(*calibrate.feed(teacher, batch))
     found = {name: value.cpu().numpy() for name, value in zip(teacher.output_names, values, strict=True)}
     picked, shaky = selections(job.graph), verify.distances(expected, moved)
+    tiny = {
+        name for name in scores(job.graph) if np.abs(found[name] - expected[name]).max(initial=0.0) <= verify.KERNEL
+    }
     return [
         f"output '{name}' of the prepared float model is only {decibel} dB from the model's own, before anything is quantized: "
         "what is quantized is not quite your model; please report it with the model"
         for name, decibel in verify.distances(expected, found).items()
-        if not decibel >= min(PREPARED_SQNR, shaky.get(name, PREPARED_SQNR) - SHAKY) and name not in picked
+        if not decibel >= min(PREPARED_SQNR, shaky.get(name, PREPARED_SQNR) - SHAKY)
+        and name not in picked
+        and name not in tiny
     ]
 
 
@@ -643,6 +653,11 @@ def observed(job: Job, teacher: mirror.Mirror, batches: Feed, graph: gs.Graph, p
         for name, (count, ratio) in seen.outliers().items()
         if name in job.plan
     ]
+    empty = [value for value, histogram in stats.histograms.items() if histogram.min > histogram.max]
+    outliers += [
+        f"'{value}' is empty in every sample, so its range is a guess; calibrate on samples that fill it, too"
+        for value in empty
+    ]
     job.report.warn(*outliers)  # statistics may be taken twice, before and after widths are chosen
     if job.config.calibration == "hmse":
         samples, batch = range_samples(job, teacher, batches, graph, stats)
@@ -752,10 +767,18 @@ def equalized(job: Job, phases: Phases) -> None:
     """Even out channels in the job's graph, once and unless unwanted, and say where."""
     if job.is_equalized or not job.config.equalize:
         return
-    few = Feed(job.batches).subset(min(EQUALIZE_SAMPLES, wanted_samples(job) // 2), job.config.seed)
+    few = Feed(job.batches).subset(min(EQUALIZE_SAMPLES, wanted_samples(job)), job.config.seed)
     with phases("equalize"):
         teacher = mirror.build(job.graph).to(job.config.device)
-        job.report.equalized = equalize(job.graph, teacher, job.plan, job.layers, few)
+        importance = hessian.channel_importance(
+            teacher,
+            job.graph,
+            job.layers,
+            load_samples(teacher, few),
+            batch=gradient_batch(job, job.graph, RANGE_BATCH),
+            seed=job.config.seed,
+        )
+        job.report.equalized = equalize(job.graph, teacher, job.plan, job.layers, few, importance)
     job.is_equalized = True
 
 

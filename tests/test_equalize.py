@@ -6,6 +6,7 @@ import torch
 
 import onnx_eptq
 from models import MODELS, ORT_TARGET, feeds, i64, parse, prepared, run_ort, scalar, weights
+from onnx_eptq import equalize as equalize_module
 from onnx_eptq import graph as og
 from onnx_eptq import mirror
 from onnx_eptq.calibrate import apply_linear
@@ -76,6 +77,29 @@ PLACES = {
         v=W(6, 5),
         u=W(6, 3),
     ),
+    "joined": parse(
+        "(float[N,4,8,8] x) => (float[N,5,8,8] y) { a = Conv (x, w, b) c = Conv (x, u) d = Relu (c) "
+        "e = Concat <axis=1> (a, d) y = Conv (e, v) }",
+        w=spread(4, 4, 1, 1),
+        b=B[:4],
+        u=W(2, 4, 1, 1),
+        v=W(5, 6, 1, 1),
+    ),
+    "joined twice": parse(
+        "(float[N,4,8,8] x) => (float[N,5,8,8] y) { a = Conv (x, w) c = Conv (x, u) d = Conv (x, t) "
+        "e = Concat <axis=-3> (c, d) f = MaxPool <kernel_shape=[1,1]> (e) g = Concat <axis=1> (a, f) y = Conv (g, v) }",
+        w=W(2, 4, 1, 1),
+        u=spread(1, 4, 1, 1),
+        t=spread(3, 4, 1, 1),
+        v=W(5, 6, 1, 1),
+    ),
+    "joined along another axis": parse(
+        "(float[N,4,8,8] x) => (float[N,5,16,8] y) { a = Conv (x, w) c = Conv (x, u) e = Concat <axis=2> (a, c) "
+        "y = Conv (e, v) }",
+        w=spread(6, 4, 1, 1),
+        u=spread(6, 4, 1, 1),
+        v=W(5, 6, 1, 1),
+    ),
     "slope per channel": parse(
         "(float[N,4,8,8] x) => (float[N,5,8,8] y) { a = Conv (x, w) c = PRelu (a, slope) y = Conv (c, v) }",
         w=spread(6, 4, 1, 1),
@@ -91,6 +115,12 @@ NO_PLACES = {
     "added": ("c = Conv (x, w) d = Add (c, c) y = Conv (d, v)", ""),
     "also read by another": ("c = Conv (x, w) f = Sigmoid (c) y = Conv (c, v)", ", float[N,6,8,8] f"),
     "weights in two places": ("a = Conv (x, w) c = Relu (a) d = Conv (x, w) y = Conv (c, v)", ", float[N,6,8,8] d"),
+    "joined with the input": ("c = Conv (x, p2) d = Concat <axis=1> (c, x) y = Conv (d, v)", ""),
+    "joined with itself": ("c = Conv (x, p3) d = Concat <axis=1> (c, c) y = Conv (d, v)", ""),
+    "one part read by another": (
+        "a = Conv (x, p2) c = Conv (x, p4) f = Sigmoid (a) d = Concat <axis=1> (a, c) y = Conv (d, v)",
+        ", float[N,2,8,8] f",
+    ),
     "the input": ("y = Conv (x, v4)", ""),
 }
 
@@ -124,6 +154,7 @@ def test_the_float_network_keeps_its_bits(name):
 def test_where_channels_cannot_be_scaled(name):
     text, more = NO_PLACES[name]
     constants = {"w": spread(6, 4, 1, 1), "v": W(5, 6, 1, 1), "v4": W(5, 4, 1, 1), "low": scalar(0), "high": scalar(6)}
+    constants |= {f"p{n}": spread(n, 4, 1, 1) for n in (2, 3, 4)}
     used = {key: value for key, value in constants.items() if f" {key}" in text}
     proto = parse(CONV.format(text=text, more=more), **used)
     graph, plan, layers = ready(proto)
@@ -179,6 +210,46 @@ def test_even_channels_stay():
         v=W(5, 6, 1, 1),
     )
     assert equalized(proto, *ready(proto)) == []
+
+
+def test_channels_that_count_nothing_do_not_decide():
+    """Both errors must fall: that of the outputs as they are, and as their channels count."""
+    proto = PLACES["depthwise"]
+    graph, plan, layers = ready(proto)
+    small, large = torch.ones(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
+    large[:5], small[1:] = 1e-6, 1e-6
+    name = layers[1].output.name
+    assert equalize(graph, mirror.build(graph), plan, layers, feeds(proto), {name: large}) == []
+    (found,) = equalize(graph, mirror.build(graph), plan, layers, feeds(proto), {name: small})
+    assert found.error < 0.9
+
+
+def test_factors_far_apart_must_be_worth_it():
+    graph, plan, layers = ready(PLACES["conv"])
+    (place,) = find_places(graph, layers, plan)
+    seen = torch.tensor([0.01, 1.0, 2.0, 8.0, 64.0, 0.5])
+    trial = equalize_module._Trial(place, plan, mirror.build(graph), (-seen, seen), {})
+    spreads = [float(factors.log2().abs().sum()) for factors in trial.factors]
+    mild, wild = sorted(range(1, len(spreads)), key=spreads.__getitem__)[:: len(spreads) - 2]
+    for share, expected in ((0.3, wild), (0.4, mild)):
+        trial.errors[:] = 1.0
+        trial.errors[:, mild], trial.errors[:, wild] = 0.5, share
+        assert torch.equal(trial.best()[0], trial.factors[expected])
+
+
+def test_hopeless_factors_are_tried_on_one_batch_only():
+    proto = PLACES["conv"]
+    graph, plan, layers = ready(proto)
+    (place,) = find_places(graph, layers, plan)
+    seen = torch.tensor([0.01, 1.0, 2.0, 8.0, 64.0, 0.5])
+    trial = equalize_module._Trial(place, plan, mirror.build(graph), (-seen, seen), {})
+    count = len(trial.factors)
+    trial.see(seen.reshape(1, 6, 1, 1) * torch.randn(4, 6, 8, 8))
+    shares = trial._shares()
+    assert 1 < len(trial.open) < count
+    assert trial.open[0] == 0
+    assert all(torch.isinf(trial.errors[:, i]).all() for i in range(count) if i not in trial.open)
+    assert all(shares[i] <= 2 * shares.min() for i in trial.open[1:])
 
 
 @pytest.mark.parametrize("name", ["depthwise", "layer normalization"])

@@ -287,6 +287,21 @@ def test_model_local_functions_are_inlined():
     np.testing.assert_array_equal(run(result, X)[0], np.maximum(2 * X, 0))
 
 
+@pytest.mark.parametrize("call", ["local.leak(x)", "local.leak <alpha: float = 0.25> (x)", "local.outer(x)"])
+def test_functions_keep_the_defaults_of_their_attributes(call):
+    source = model(
+        f"""
+        <ir_version: 9, opset_import: ["" : 17, "local" : 1]>
+        g (float[N, 4] x) => (float[N, 4] y) {{ y = {call} }}
+        <domain: "local", opset_import: ["" : 17]>
+        leak <alpha: float = 0.5> (a) => (b) {{ b = LeakyRelu <alpha: float = @alpha> (a) }}
+        <domain: "local", opset_import: ["" : 17, "local" : 1]>
+        outer (a) => (b) {{ b = local.leak(a) }}
+        """
+    )
+    np.testing.assert_array_equal(run(og.to_model(og.load(source)), X)[0], run(source, X)[0])
+
+
 def test_an_output_without_a_shape_is_exported():
     source = model()
     source.graph.output[0].type.tensor_type.ClearField("shape")

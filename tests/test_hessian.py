@@ -12,6 +12,7 @@ from onnx_eptq.calibrate import observe, weight_mse
 from onnx_eptq.grid import Grid, QParams, fake_quantize, symmetric_qparams
 from onnx_eptq.hessian import (
     capped,
+    channel_importance,
     hmse_scales,
     label_free_hessian,
     log_normalised,
@@ -162,6 +163,17 @@ def test_what_positions_count_is_the_mean_over_channels(monkeypatch, name):
         assert [len(part) for part in parts] == [2 * len(expected) // 3, len(expected) // 3]
         torch.testing.assert_close(torch.cat(parts).double(), expected, rtol=1e-4, atol=1e-6)
         assert float(torch.cat(parts).mean()) == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["residual", "matmul"])
+def test_what_channels_count_is_the_sum_over_positions(monkeypatch, name):
+    teacher, graph, layers, samples = named(name)
+    monkeypatch.setattr(lfh, "FEW_PROBES", 1000)  # unit vectors: exact
+    found = channel_importance(teacher, graph, layers, samples, batch=2)
+    assert set(found) == {layer.output.name for layer in layers}
+    for layer in layers:
+        slopes = exact(teacher, graph, layer, samples).movedim(layer.output_axis, 0).flatten(1).sum(1)
+        torch.testing.assert_close(found[layer.output.name], slopes / len(samples[0]), rtol=1e-4, atol=1e-6)
 
 
 def test_positions_behind_which_no_gradient_is_left_count_alike():

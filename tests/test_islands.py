@@ -84,7 +84,16 @@ def sequence() -> onnx.ModelProto:
     )
 
 
-MODELS = {"If": (choice, "choose"), "Loop": (loop, "again")}
+def returned() -> onnx.ModelProto:
+    """If one of whose branches returns an initializer of its own."""
+    proto = choice()
+    (taken,) = (a.g for n in proto.graph.node for a in n.attribute if a.name == "then_branch")
+    taken.ClearField("node")
+    taken.initializer.append(onnx.numpy_helper.from_array(np.arange(32, dtype=np.float32).reshape(4, 8), "then_y"))
+    return proto
+
+
+MODELS = {"If": (choice, "choose"), "Loop": (loop, "again"), "constant": (returned, "choose")}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -112,12 +121,13 @@ def test_control_flow_is_quantized_around_and_verified(tmp_path, name):
     proto = make()
     samples = {"x": np.concatenate([batch["x"] for batch in feeds(proto, count=8)])}
     result = pipeline.quantize(proto, samples, tmp_path / "q.onnx", weight_bits=8, steps=4, threads=1)
-    assert result.report.islands == {node: name}
-    assert f"'{node}' {name}" in str(result.report)
+    op = "Loop" if name == "Loop" else "If"
+    assert result.report.islands == {node: op}
+    assert f"'{node}' {op}" in str(result.report)
     assert result.report.coverage.quantized_bytes < result.report.coverage.bytes  # the weight inside stays float
     assert {"w0", "w3", "b"} <= set(result.plan)
     assert result.report.fidelity.sqnr_db["y"] > 25
-    assert [n.op_type for n in onnx.load(tmp_path / "q.onnx").graph.node].count(name) == 1
+    assert [n.op_type for n in onnx.load(tmp_path / "q.onnx").graph.node].count(op) == 1
 
 
 def test_constants_that_layers_share_with_control_flow_stay_float_there(tmp_path):
@@ -203,6 +213,26 @@ def test_what_cannot_run_says_so(island):
     proto = sequence()
     with pytest.raises(ModelError, match="no tensor of numbers"):
         build(prepared(proto))(torch.zeros(2, 6))
+
+
+def test_layers_behind_what_only_the_runtime_knows_the_type_of_are_quantized():
+    """Files that ONNX Runtime's own tools write name no types."""
+    proto = parse(
+        "(float[N,3,8] x) => (float[N,3,8] y) { a = MatMul(x, w0) b = com.microsoft.BiasGelu(a, c) d = MatMul(b, w1) "
+        "e = com.microsoft.QuickGelu(d) y = MatMul(e, w2) }",
+        w0=W(8, 8),
+        w1=W(8, 8),
+        w2=W(8, 8),
+        c=W(8),
+    )
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    graph = prepared(proto)
+    found = graph.tensors()
+    assert {found[name].dtype for name in "bde"} == {np.dtype(np.float32)}
+    assert [found["e"].shape[i] for i in (1, 2)] == [3, 8]
+    data = {"x": np.concatenate([batch["x"] for batch in feeds(proto, count=8)])}
+    report = pipeline.quantize(proto, data, method="rtn", threads=1).report
+    assert report.coverage.quantized_layers == report.coverage.layers == 3
 
 
 def test_what_no_runtime_knows_is_refused():

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_eptq import graph as og
+from onnx_eptq import islands
 from onnx_eptq.graph import constant, is_op
 from onnx_eptq.prepare import constants, layout, linear, normalization, patterns, precision
 from onnx_eptq.prepare.edit import shorten
@@ -72,6 +73,8 @@ def prepare(graph: gs.Graph, *, opset: int = OPSET) -> dict[str, int]:
     to_opset(graph, opset)
     og.remove_dead(graph)
     og.infer_shapes(graph)
+    if islands.declare(graph):
+        og.infer_shapes(graph)
     counts = dict.fromkeys(PASSES, 0)
     for _ in range(_ROUNDS):
         before = sum(counts.values())
