@@ -257,8 +257,9 @@ class _Trial:
                     error = (apply_linear(layer, quantized, weight) - y).square()
                     self.errors[0, i, j] += float(error.mean() / y.square().mean().clamp(min=1e-20))
                     if counts is not None:
-                        by_channel = error.movedim(layer.output_axis, 0).flatten(1).mean(1)
-                        self.errors[1, i, j] += float(by_channel.double() @ counts)
+                        by_channel = error.movedim(layer.output_axis, 0)
+                        means = by_channel.reshape(len(by_channel), -1).mean(1)
+                        self.errors[1, i, j] += float(means.double() @ counts)
         shares = self._shares()
         hopeless = [i for i in self.open[1:] if shares[i] > HOPELESS * shares.min()]
         self.errors[:, hopeless] = math.inf
@@ -267,7 +268,8 @@ class _Trial:
     def _shares(self) -> Tensor:
         """What each candidate leaves of the error that is there without factors: the larger share of the two errors."""
         least = self.errors.amin(2)
-        return (least / least[:, :1].clamp(min=1e-30))[least[:, 0] > 0].amax(0)
+        known = [error / error[0] for error in least if 0 < error[0] < math.inf]
+        return torch.stack(known).amax(0).nan_to_num(math.inf) if known else torch.ones(len(self.factors))
 
     def best(self) -> tuple[Tensor, float] | None:
         """The best factors and the share of the error without any that they leave; None if that gains too little.
@@ -312,8 +314,9 @@ def equalize(
     ends: dict[str, tuple[Tensor, Tensor]] = {}
 
     def observe(value: str, x: Tensor) -> Tensor:
-        if value in places:
-            rows = x.movedim(places[value].axis, 0).flatten(1)
+        if value in places and x.numel():
+            channels = x.movedim(places[value].axis, 0)
+            rows = channels.reshape(len(channels), -1)
             low, high = rows.amin(1), rows.amax(1)
             if value in ends:
                 low, high = torch.minimum(low, ends[value][0]), torch.maximum(high, ends[value][1])
@@ -326,7 +329,7 @@ def equalize(
     }
 
     def compare(value: str, x: Tensor) -> Tensor:
-        if value in trials:
+        if value in trials and x.numel():
             trials[value].see(x)
         return x
 

@@ -194,10 +194,11 @@ def _check_wiring(graph: onnx.GraphProto, label: str) -> None:
 
 
 def _import(model: onnx.ModelProto) -> gs.Graph:
+    for nodes in (model.graph.node, *(function.node for function in model.functions)):
+        _make_outputs(nodes)
     composed = {node.op_type for node in model.graph.node if node.domain in STANDARD_DOMAINS} & set(_COMPOSED)
     if model.functions or composed:
         model = _inline(model, composed)
-    _make_outputs(model.graph)
     _name_nodes(model.graph, set())
     extras = _harvest(model)
     _drop_untyped(model.graph)
@@ -284,9 +285,9 @@ def _subgraph_protos(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield attribute.g
 
 
-def _make_outputs(graph: onnx.GraphProto) -> None:
+def _make_outputs(nodes: Iterable[onnx.NodeProto]) -> None:
     """Let nodes make what subgraphs return; graphsurgeon forgets an initializer that is an output."""
-    for subgraph in (subgraph for node in graph.node for subgraph in _subgraph_protos(node)):
+    for subgraph in (subgraph for node in nodes for subgraph in _subgraph_protos(node)):
         returned = {output.name for output in subgraph.output}
         kept = [tensor for tensor in subgraph.initializer if tensor.name not in returned]
         made = [
@@ -295,12 +296,12 @@ def _make_outputs(graph: onnx.GraphProto) -> None:
             if tensor.name in returned
         ]
         if made:
-            nodes = [*made, *subgraph.node]
+            made += subgraph.node
             subgraph.ClearField("initializer")
             subgraph.ClearField("node")
             subgraph.initializer.extend(kept)
-            subgraph.node.extend(nodes)
-        _make_outputs(subgraph)
+            subgraph.node.extend(made)
+        _make_outputs(subgraph.node)
 
 
 def _name_nodes(graph: onnx.GraphProto, taken: set[str]) -> None:

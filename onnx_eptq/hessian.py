@@ -257,7 +257,8 @@ def channel_importance(
     totals = [torch.zeros(1, dtype=torch.float64)] * len(layers)
 
     def reduced(index: int, square: Tensor) -> Tensor:
-        return square.movedim(layers[index].output_axis, 0).flatten(1).sum(1)
+        by_channel = square.movedim(layers[index].output_axis, 0)
+        return by_channel.reshape(len(by_channel), -1).sum(1)
 
     names = [layer.output.name for layer in layers]
     options: dict[str, Any] = {"probes": FEW_PROBES, "batch": batch, "seed": seed, "reduced": reduced}

@@ -82,9 +82,10 @@ def declare(graph: gs.Graph) -> int:
     for value in session.get_outputs():
         kind = _TYPES.get(value.type)
         if value.name in unknown and kind is not None:
-            dims = enumerate(value.shape)
             unknown[value.name].dtype = kind
-            unknown[value.name].shape = [n if n is not None else f"{value.name}_dim_{i}" for i, n in dims]
+            if value.shape:  # empty is said of scalars, and of what the runtime infers no shape of
+                dims = enumerate(value.shape)
+                unknown[value.name].shape = [n if n is not None else f"{value.name}_dim_{i}" for i, n in dims]
             count += 1
     return count
 

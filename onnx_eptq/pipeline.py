@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -39,7 +39,7 @@ from onnx_eptq import data as sources
 from onnx_eptq import graph as graphs
 from onnx_eptq.columns import Columns
 from onnx_eptq.config import Config
-from onnx_eptq.equalize import equalize
+from onnx_eptq.equalize import equalize, find_places
 from onnx_eptq.errors import CoverageError, DataError, ModelError, UsageError, VerificationError
 from onnx_eptq.methods import EFFORTS, METHODS, Effort, Method
 from onnx_eptq.mixed import Mixed
@@ -114,6 +114,7 @@ class Job:
     groups: Sequence[Group] = ()  # quantizers whose widths are still to be chosen
     is_equalized: bool = False  # channels have been evened out
     counts: Mapping[str, tuple[float, int]] = field(default_factory=dict)  # as `resources.elements`, of a sample
+    pass_seconds: float = 0.0  # that one run of all samples took
 
 
 @threads.restored()
@@ -207,11 +208,11 @@ def begin(
         checks.check_output(output, model, data)
     with phases("prepare"):
         graph = graphs.load(model)
-        source: onnx.ModelProto | Path
-        if isinstance(model, onnx.ModelProto):
-            source = model  # as it came, so that it shows what importing changed
+        source: onnx.ModelProto | Path  # as it came, so that it shows what importing changed
+        if isinstance(model, gs.Graph):
+            source = graphs.to_model(graphs.copy(graph))
         else:
-            source = graphs.to_model(graphs.copy(graph)) if isinstance(model, gs.Graph) else Path(model)
+            source = model if isinstance(model, onnx.ModelProto) else Path(model)
         if output is not None and isinstance(source, Path):
             checks.check_weights_kept(output, source)
         check_ops(graph)
@@ -253,7 +254,7 @@ def begin(
         report.warnings.append(
             f"inputs with a default ({names}) become constants: the file takes no other values for them"
         )
-    if source is not given:
+    if source is not given and changes["use_float32"]:
         report.warnings.append(
             "ONNX Runtime does not load the model in its own precision; the result is compared with the same model in float32"
         )
@@ -321,20 +322,29 @@ def choose_target(config: Config) -> Target:
 
 
 def loadable(source: onnx.ModelProto | Path, graph: gs.Graph, changes: Mapping[str, int]) -> onnx.ModelProto | Path:
-    """The float model that the result is compared with: the source, or the prepared graph where it replaces other types.
+    """The float model that the result is compared with: the source, or what became of it where only that can be loaded.
 
-    Exporters write nodes of float16 that ONNX Runtime does not take, and it lacks most operators in bfloat16.
+    A proto may lack what importing mends (unique names, versions). And exporters write nodes of float16 that ONNX Runtime does
+    not take, while it lacks most operators in bfloat16: then it is the prepared graph, which replaces these types.
 
     Raises:
         ModelError: ONNX Runtime cannot load the float model.
     """
-    try:
-        verify.session(source, "basic")
-    except VerificationError as error:
-        if not changes["use_float32"]:
-            raise ModelError(f"the float model does not load: {error}") from error
-        return loadable(graphs.to_model(graphs.copy(graph)), graph, {"use_float32": 0})
-    return source
+    forms: list[Callable[[], onnx.ModelProto | Path]] = [lambda: source]
+    if isinstance(source, onnx.ModelProto):
+        forms.append(lambda: graphs.to_model(graphs.load(source)))
+    if changes["use_float32"]:
+        forms.append(lambda: graphs.to_model(graphs.copy(graph)))
+    why: list[VerificationError] = []
+    for form in forms:
+        found = form()
+        try:
+            verify.session(found, "basic")
+        except VerificationError as error:
+            why.append(error)
+        else:
+            return found
+    raise ModelError(f"the float model does not load: {why[0]}") from why[0]
 
 
 def input_specs(graph: gs.Graph) -> list[sources.InputSpec]:
@@ -643,10 +653,11 @@ def make_teacher(job: Job) -> tuple[mirror.Mirror, Feed, gs.Graph]:
 
 def observed(job: Job, teacher: mirror.Mirror, batches: Feed, graph: gs.Graph, phases: Phases) -> calibrate.Stats:
     """Statistics of all samples, whatever the widths, and on some of them how much the outputs answer to the activations."""
-    seen = sources.Magnitudes()
+    seen, before = sources.Magnitudes(), phases.seconds.get("calibrate", 0.0)
     stats = calibrate.observe(
         teacher, job.plan, job.layers, seen.watch(phases.over("calibrate", batches, len(batches)), teacher.whole)
     )
+    job.pass_seconds = phases.seconds["calibrate"] - before
     outliers = [
         f"{count} of {len(seen.largest[name])} samples of input '{name}' reach {ratio:.0f} times as far as most, and leave few "
         "steps to the others; take them out if the model meets none such in use"
@@ -770,14 +781,17 @@ def equalized(job: Job, phases: Phases) -> None:
     few = Feed(job.batches).subset(min(EQUALIZE_SAMPLES, wanted_samples(job)), job.config.seed)
     with phases("equalize"):
         teacher = mirror.build(job.graph).to(job.config.device)
-        importance = hessian.channel_importance(
-            teacher,
-            job.graph,
-            job.layers,
-            load_samples(teacher, few),
-            batch=gradient_batch(job, job.graph, RANGE_BATCH),
-            seed=job.config.seed,
-        )
+        importance = {}
+        readers = [layer for place in find_places(job.graph, job.layers, job.plan) for layer in place.readers]
+        if readers and job.config.calibration == "hmse":
+            importance = hessian.channel_importance(
+                teacher,
+                job.graph,
+                readers,
+                load_samples(teacher, few),
+                batch=gradient_batch(job, job.graph, RANGE_BATCH),
+                seed=job.config.seed,
+            )
         job.report.equalized = equalize(job.graph, teacher, job.plan, job.layers, few, importance)
     job.is_equalized = True
 
@@ -819,6 +833,7 @@ def explored(job: Job, phases: Phases) -> tuple[Mixed, calibrate.Stats | None]:
     if missing:
         teacher, batches, graph = make_teacher(measured)
         stats = observed(measured, teacher, batches, graph, phases)
+        job.pass_seconds = measured.pass_seconds
         batch = gradient_batch(measured, graph, 32)
         judged = weight_samples(job)
         some = batches.subset(min(job.batches.num_samples, judged + FIT_SAMPLES), config.seed)
@@ -980,7 +995,7 @@ def learned(job: Job, ready: Ready, saved: Path | None, resume: bool, phases: Ph
     elif saved is not None and saved.exists():
         phases.note(f"an earlier run left {saved}; without --resume it is replaced")
     learner = eptq.Learner(problem, ready.student, None if saved is None else (saved, mark), state)
-    each = phases.seconds["calibrate"] / job.report.samples
+    each = job.pass_seconds / job.report.samples
     seconds = learning_cost(problem.method, problem.effort) * each
     phases.note(f"learn      {learner.total} steps of {problem.effort.batch} samples, about {seconds:.0f} s")
     try:

@@ -189,7 +189,7 @@ class Report:
             yield f"budget     {name}: {use.used:,.10g} of {use.limit:,.10g} {use.unit}".rstrip()
         said = "proven best" if found.optimal else "the best found in the time it had, not proven"
         if found.expected_loss > found.least_loss:
-            said = f"one width for all, as the best promises {found.least_loss:.4g}, too little less to tell"
+            said = f"one width for all that choose; the least found is {found.least_loss:.4g}, too little less to tell"
         yield (
             f"           expected loss {found.expected_loss:.4g} ({found.sensitivity}, {found.measure_seconds:.1f} s); "
             f"{found.solver} {found.solve_seconds:.1f} s: {said}"

@@ -234,7 +234,8 @@ def _slack(student: Mirror) -> dict[str, float]:
     for node in student.graph.nodes:
         source = node.args[0] if node.op == "call_module" and node.args else node
         known = OPS.get(getattr(source.target, "__name__", ""))
-        if "value" in node.meta and known is not None and known.bounds is not None:
+        island = node.op == "call_module" and "onnx" in node.meta  # which is no quantizer of what it reads
+        if "value" in node.meta and not island and known is not None and known.bounds is not None:
             found[node.meta["value"]] = KERNEL * (known.bounds[1] - known.bounds[0])
     return found
 

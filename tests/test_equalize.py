@@ -212,6 +212,44 @@ def test_even_channels_stay():
     assert equalized(proto, *ready(proto)) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "constants"),
+    [
+        ("a = Conv (x, w, b) c = Relu (a) y = Conv (c, v)", {"b": np.full(6, -1e6, np.float32)}),
+        ("a = Conv (x, w) c = Relu (a) y = Conv (c, v)", {"v": np.zeros((5, 6, 1, 1), np.float32)}),
+    ],
+    ids=["dead", "weights of zero"],
+)
+def test_where_nothing_is_wrong_nothing_is_done(text, constants):
+    """Without an error there is none to compare with."""
+    constants = {"w": spread(6, 4, 1, 1), "v": W(5, 6, 1, 1), **constants}
+    proto = parse(CONV.format(text=text, more=""), **constants)
+    data = np.concatenate([feed["x"] for feed in feeds(proto, batch=32)])
+    assert onnx_eptq.quantize(proto, data, method="rtn", threads=1).report.equalized == []
+
+
+@pytest.mark.parametrize("calibration", ["hmse", "mse"])
+def test_layers_that_make_vectors(calibration):
+    proto = parse(
+        "(float[6] x) => (float[4] y) { a = MatMul(x, w) b = Relu(a) y = MatMul(b, v) }", w=W(6, 8), v=W(8, 4)
+    )
+    data = [{"x": x} for x in np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)]
+    found = onnx_eptq.quantize(proto, data, method="rtn", calibration=calibration, threads=1)
+    assert found.report.fidelity.sqnr_db["y"] > 25
+
+
+def test_samples_of_several_sizes():
+    draw = np.random.default_rng(0).standard_normal
+    proto = parse(
+        "(float[N,4,H,8] x) => (float[N,5,H,8] y) { a = Conv (x, w) c = Relu (a) y = Conv (c, v) }",
+        w=spread(6, 4, 1, 1),
+        v=W(5, 6, 1, 1),
+    )
+    data = [{"x": draw((1, 4, height, 8)).astype(np.float32)} for height in (8, 10) * 16]
+    report = onnx_eptq.quantize(proto, data, method="rtn", calibration="mse", threads=1).report
+    assert len(report.equalized) == 1
+
+
 def test_channels_that_count_nothing_do_not_decide():
     """Both errors must fall: that of the outputs as they are, and as their channels count."""
     proto = PLACES["depthwise"]

@@ -302,6 +302,26 @@ def test_functions_keep_the_defaults_of_their_attributes(call):
     np.testing.assert_array_equal(run(og.to_model(og.load(source)), X)[0], run(source, X)[0])
 
 
+def test_branches_in_functions_return_constants_of_their_own():
+    source = model(
+        """
+        <ir_version: 9, opset_import: ["" : 17, "local" : 1]>
+        g (float[N, 4] x) => (float[N, 4] y) { y = local.shift(x) }
+        <domain: "local", opset_import: ["" : 17]>
+        shift (a) => (b) {
+           sum = ReduceSum <keepdims=0> (a)
+           zero = Constant <value_float=0.0> ()
+           up = Greater (sum, zero)
+           c = If (up) <then_branch = then () => (float[4] k) <float[4] k = {1, 2, 3, 4}> { },
+                        else_branch = other () => (float[4] m) <float[4] m = {5, 6, 7, 8}> { }>
+           b = Add (a, c)
+        }
+        """
+    )
+    for x in (X, -X):
+        np.testing.assert_array_equal(run(og.to_model(og.load(source)), x)[0], run(source, x)[0])
+
+
 def test_an_output_without_a_shape_is_exported():
     source = model()
     source.graph.output[0].type.tensor_type.ClearField("shape")

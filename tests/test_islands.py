@@ -235,6 +235,21 @@ def test_layers_behind_what_only_the_runtime_knows_the_type_of_are_quantized():
     assert report.coverage.quantized_layers == report.coverage.layers == 3
 
 
+def test_a_shape_that_the_runtime_does_not_infer_is_no_scalar():
+    proto = parse(
+        "(float[N,8] x) => (float[N,4] y) { a = MatMul(x, w0) b = com.microsoft.CDist(a, c) s = Size(b) f = Cast <to=1> (s) "
+        "d = MatMul(b, w1) y = Div(d, f) }",
+        w0=W(8, 8),
+        w1=W(6, 4),
+        c=W(6, 8),
+    )
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    assert prepared(proto).tensors()["b"].shape is None
+    batch = feeds(proto, count=1, batch=4)[0]
+    (found,) = build(prepared(proto))(*feed(build(prepared(proto)), batch))
+    np.testing.assert_allclose(found.numpy(), run_ort(proto, batch)["y"], rtol=1e-4, atol=1e-6)
+
+
 def test_what_no_runtime_knows_is_refused():
     proto = parse("(float[N,6] x) => (float[N,8] y) { a = MatMul(x, w0) y = my.own.Op(a) }", w0=W(6, 8))
     proto.opset_import.append(helper.make_opsetid("my.own", 1))

@@ -450,6 +450,23 @@ def test_a_model_given_as_a_proto_is_held_against_as_it_came(monkeypatch: pytest
     assert "of the prepared float model is only" in warning
 
 
+@pytest.mark.parametrize("fault", ["names", "ir_version", "domain"])
+def test_protos_that_importing_mends_are_quantized(fault: str) -> None:
+    proto = onnx.load(DIGITS)
+    if fault == "names":
+        for node in proto.graph.node:
+            node.name = "same"
+    elif fault == "ir_version":
+        proto.ir_version = 99
+    else:
+        proto.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", 99))
+    with pytest.raises(VerificationError):
+        pipeline.verify.session(proto, "basic")
+    before = proto.SerializeToString()
+    assert pipeline.begin(proto, CALIB, method="rtn").report.warnings == []
+    assert proto.SerializeToString() == before
+
+
 def test_what_is_empty_in_every_sample_is_warned_about() -> None:
     """A cache of keys in several parts, before the first step."""
     draw = models.weights(0)
