@@ -117,6 +117,12 @@ ISLAND = Op(_no_function, "sensitive", squashes=True, island=True)
 QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear")
 
 
+def bounds_of(function: Callable[..., Any] | str) -> tuple[float, float] | None:
+    """The range that the results of an operator's torch function cannot leave, when it is finite; None of other functions."""
+    known = OPS.get(getattr(function, "__name__", ""))
+    return None if known is None else known.bounds
+
+
 def op_of(node: gs.Node) -> Op:
     """Return what is known about a node's operator: the one place where every stage looks it up.
 

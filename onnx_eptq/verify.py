@@ -24,7 +24,7 @@ from onnx_eptq.errors import VerificationError
 from onnx_eptq.graph import ruled_out
 from onnx_eptq.grid import Quantized, dequantize, quantize
 from onnx_eptq.mirror import Mirror, Probe
-from onnx_eptq.ops import OPS
+from onnx_eptq.ops import bounds_of
 from onnx_eptq.plan import Layer, Plan, role_of
 
 Source: TypeAlias = onnx.ModelProto | str | PathLike[str]
@@ -233,10 +233,10 @@ def _slack(student: Mirror) -> dict[str, float]:
     found = {}
     for node in student.graph.nodes:
         source = node.args[0] if node.op == "call_module" and node.args else node
-        known = OPS.get(getattr(source.target, "__name__", ""))
+        bounds = bounds_of(source.target)
         island = node.op == "call_module" and "onnx" in node.meta  # which is no quantizer of what it reads
-        if "value" in node.meta and not island and known is not None and known.bounds is not None:
-            found[node.meta["value"]] = KERNEL * (known.bounds[1] - known.bounds[0])
+        if "value" in node.meta and not island and bounds is not None:
+            found[node.meta["value"]] = KERNEL * (bounds[1] - bounds[0])
     return found
 
 
