@@ -30,9 +30,7 @@ log = logging.getLogger(__name__)
 # How much of the spread of a value's channels, and of the readers' weights, goes into the factors.
 EXPONENTS = ((0.25, 0.0), (0.5, 0.0), (0.25, 0.75), (0.5, 0.5), (0.75, 0.25), (1.0, 0.0))
 RANGES = (1.0, 0.8, 0.6, 0.4)  # shares of the range that compete, as calibration would cut outliers off
-MILDER = (
-    0.7  # of the error: factors further apart must leave less than that, as few samples show how far channels reach
-)
+MILDER = 0.7  # of the error that milder factors leave: wilder ones must leave less, as few samples show the extremes
 HOPELESS = 2.0  # times the least error so far: such factors are not tried on more samples
 GAIN = 0.9  # of the error that is left at most: less is not worth a change
 REACH = 8  # powers of two that a factor may be away from the middle

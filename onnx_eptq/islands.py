@@ -54,6 +54,15 @@ def can_run(node: gs.Node) -> bool:
     return bool(schema.has_function or schema.has_context_dependent_function)  # the runtime takes it apart
 
 
+def _session(model: onnx.ModelProto) -> ort.InferenceSession:
+    """A session that computes the nodes as they are."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
 def declare(graph: gs.Graph) -> int:
     """Fill in the types and shapes that ONNX Runtime infers of what vendor operators make, and return of how many values.
 
@@ -71,11 +80,8 @@ def declare(graph: gs.Graph) -> int:
     model = graphs.skeleton(graph)
     known = {value.name for value in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in unknown if name not in known)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
     try:
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = _session(model)
     except Exception:  # onnxruntime raises a dozen unrelated classes; what it cannot tell stays unknown
         return 0
     count = 0
@@ -110,11 +116,7 @@ class Island(nn.Module):
         for name, array in zip(self.names, arrays, strict=True):
             kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
             self.model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, None))
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 4
-        return ort.InferenceSession(self.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return _session(self.model)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The node's outputs, on the device of the inputs."""

@@ -210,11 +210,14 @@ def _check_steps(
     return count, unexplained
 
 
+def _source(node: fx.Node) -> Any:
+    """The node whose result a quantizer rounds; of other nodes, the node itself."""
+    return node.args[0] if node.op == "call_module" and node.args else node
+
+
 def _producers(student: Mirror) -> dict[str, str]:
     """For every value the quoted name of the ONNX node that computes it, or its own where it is a network input."""
-    sources = {
-        n.meta["value"]: n.args[0] if n.op == "call_module" else n for n in student.graph.nodes if "value" in n.meta
-    }
+    sources = {node.meta["value"]: _source(node) for node in student.graph.nodes if "value" in node.meta}
     return {value: f"'{source.meta.get('onnx', source.name)}'" for value, source in sources.items()}
 
 
@@ -222,8 +225,7 @@ def _averages(student: Mirror) -> set[str]:
     """Values that are means of others."""
     found = set()
     for node in student.graph.nodes:
-        source = node.args[0] if node.op == "call_module" and node.args else node
-        if "value" in node.meta and getattr(source.target, "__name__", "") in _AVERAGING:
+        if "value" in node.meta and getattr(_source(node).target, "__name__", "") in _AVERAGING:
             found.add(node.meta["value"])
     return found
 
@@ -232,10 +234,9 @@ def _slack(student: Mirror) -> dict[str, float]:
     """How far kernels may be off that approximate a bounded function: by a part of its range, however small the value is."""
     found = {}
     for node in student.graph.nodes:
-        source = node.args[0] if node.op == "call_module" and node.args else node
-        bounds = bounds_of(source.target)
         island = node.op == "call_module" and "onnx" in node.meta  # which is no quantizer of what it reads
-        if "value" in node.meta and not island and bounds is not None:
+        bounds = None if island else bounds_of(_source(node).target)
+        if "value" in node.meta and bounds is not None:
             found[node.meta["value"]] = KERNEL * (bounds[1] - bounds[0])
     return found
 

@@ -215,9 +215,16 @@ def test_what_cannot_run_says_so(island):
         build(prepared(proto))(torch.zeros(2, 6))
 
 
+def vendor(text: str, **constants: np.ndarray) -> onnx.ModelProto:
+    """A model with operators of ONNX Runtime's own domain."""
+    proto = parse(text, **constants)
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return proto
+
+
 def test_layers_behind_what_only_the_runtime_knows_the_type_of_are_quantized():
     """Files that ONNX Runtime's own tools write name no types."""
-    proto = parse(
+    proto = vendor(
         "(float[N,3,8] x) => (float[N,3,8] y) { a = MatMul(x, w0) b = com.microsoft.BiasGelu(a, c) d = MatMul(b, w1) "
         "e = com.microsoft.QuickGelu(d) y = MatMul(e, w2) }",
         w0=W(8, 8),
@@ -225,7 +232,6 @@ def test_layers_behind_what_only_the_runtime_knows_the_type_of_are_quantized():
         w2=W(8, 8),
         c=W(8),
     )
-    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     graph = prepared(proto)
     found = graph.tensors()
     assert {found[name].dtype for name in "bde"} == {np.dtype(np.float32)}
@@ -236,14 +242,13 @@ def test_layers_behind_what_only_the_runtime_knows_the_type_of_are_quantized():
 
 
 def test_a_shape_that_the_runtime_does_not_infer_is_no_scalar():
-    proto = parse(
+    proto = vendor(
         "(float[N,8] x) => (float[N,4] y) { a = MatMul(x, w0) b = com.microsoft.CDist(a, c) s = Size(b) f = Cast <to=1> (s) "
         "d = MatMul(b, w1) y = Div(d, f) }",
         w0=W(8, 8),
         w1=W(6, 4),
         c=W(6, 8),
     )
-    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     assert prepared(proto).tensors()["b"].shape is None
     batch = feeds(proto, count=1, batch=4)[0]
     (found,) = build(prepared(proto))(*feed(build(prepared(proto)), batch))
