@@ -199,6 +199,7 @@ def _import(model: onnx.ModelProto) -> gs.Graph:
     composed = {node.op_type for node in model.graph.node if node.domain in STANDARD_DOMAINS} & set(_COMPOSED)
     if model.functions or composed:
         model = _inline(model, composed)
+    _fill_in(model.graph)
     _name_nodes(model.graph, set())
     extras = _harvest(model)
     _drop_untyped(model.graph)
@@ -302,6 +303,26 @@ def _make_outputs(nodes: Iterable[onnx.NodeProto]) -> None:
             subgraph.initializer.extend(kept)
             subgraph.node.extend(made)
         _make_outputs(subgraph.node)
+
+
+def _fill_in(graph: onnx.GraphProto) -> None:
+    """Write sparse constants, which graphsurgeon reads as numbers of double precision, as dense ones of their own type."""
+    graph.initializer.extend(_dense(tensor) for tensor in graph.sparse_initializer)
+    graph.ClearField("sparse_initializer")
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.SPARSE_TENSOR:
+                attribute.CopyFrom(onnx.helper.make_attribute("value", _dense(attribute.sparse_tensor)))
+        for subgraph in _subgraph_protos(node):
+            _fill_in(subgraph)
+
+
+def _dense(tensor: onnx.SparseTensorProto) -> TensorProto:
+    """All elements of a sparse tensor, whose indices count through it or name its axes."""
+    values, indices = (onnx.numpy_helper.to_array(part) for part in (tensor.values, tensor.indices))
+    found = np.zeros(tuple(tensor.dims), values.dtype)
+    found[np.unravel_index(indices, found.shape) if indices.ndim == 1 else tuple(indices.T)] = values
+    return onnx.numpy_helper.from_array(found, tensor.values.name)
 
 
 def _name_nodes(graph: onnx.GraphProto, taken: set[str]) -> None:

@@ -158,6 +158,35 @@ def test_constant_nodes_become_constants(attribute, values):
     np.testing.assert_array_equal(run(og.to_model(graph), x)[0], run(source, x)[0])
 
 
+@pytest.mark.parametrize("place", ["initializer", "node", "branch"])
+@pytest.mark.parametrize("by_axes", [False, True])
+def test_sparse_constants_are_filled_in(place, by_axes):
+    found = np.array([[0, 2], [1, 0], [3, 1]], np.int64)
+    indices = found if by_axes else found @ np.array([3, 1])
+    values = [numpy_helper.from_array(a, name) for a, name in ((np.float32([1.5, -2, 3]), "w"), (indices, "w_indices"))]
+    sparse = helper.make_sparse_tensor(*values, [4, 3])
+    constant = helper.make_node("Constant", [], ["w"], sparse_value=sparse)
+    source = model(CHAIN.replace("<float[4, 3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}>", ""))
+    if place == "initializer":
+        source.graph.sparse_initializer.append(sparse)
+    elif place == "node":
+        source.graph.node.insert(0, constant)
+    else:
+        always = helper.make_node("Constant", [], ["yes"], value=numpy_helper.from_array(np.array(True)))
+        branch = helper.make_graph([constant], "b", [], [onnx.ValueInfoProto(name="w")])
+        picked = helper.make_node("If", ["yes"], ["w"], then_branch=branch, else_branch=branch)
+        source.graph.node.insert(0, always)
+        source.graph.node.insert(1, picked)
+    result = og.to_model(og.load(source))
+    assert not result.graph.sparse_initializer
+    dense = np.zeros((4, 3), np.float32)
+    dense[tuple(found.T)] = 1.5, -2, 3
+    assert (X @ dense > 0).any()
+    np.testing.assert_array_equal(run(result, X)[0], np.maximum(X @ dense, 0))
+    if place != "branch":  # there, ONNX Runtime knows no sparse constants
+        np.testing.assert_array_equal(run(source, X)[0], run(result, X)[0])
+
+
 def test_a_constant_node_that_is_an_output_stays():
     source = model(CHAIN.replace("(float[N, 3] y)", "(float[N, 3] y, float z)").replace(
         "y = Relu(h)", "y = Relu(h)\n z = Constant<value = float {2.0}>()"))  # fmt: skip

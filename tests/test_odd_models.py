@@ -196,6 +196,41 @@ def test_operators_of_young_opsets_are_written_out(name: str) -> None:
     assert {(o.domain, o.version) for o in result.model.opset_import} == {("", 21)}
 
 
+@pytest.mark.parametrize(
+    "scaled",
+    [
+        "s = MatMul(r, w) z = Mul(s, thirty)",
+        "s = MatMul(r, w) z = BatchNormalization(s, gamma, beta, beta, gamma)",
+        "s = MatMul(r, w) m = Reshape(s, same) z = Mul(m, thirty)",
+    ],
+)
+def test_scores_that_are_scaled_before_some_are_picked_are_compared_as_scaled(scaled: str) -> None:
+    text = f"(float[N,8] x) => (float[N,2] y, int64[N,2] i) {{ r = Relu(x) {scaled} y, i = TopK(z, two) }}"
+    constants = {"thirty": f32(30).reshape(()), "gamma": f32(*[900] * 6), "beta": f32(*[0] * 6), "same": i64(-1, 6)}
+    used = {name: array for name, array in constants.items() if name in scaled}
+    result = quantize(parse(text, w=W(8, 6), two=i64(2), **used), DRAW(64, 8), weight_bits=8, threads=1)
+    fidelity = result.report.fidelity
+    assert fidelity is not None
+    assert fidelity.selected == {"y": ["z"], "i": ["z"]}
+    assert fidelity.sqnr_db["z"] > 30
+    assert not result.report.warnings
+    assert not {"s", "m"} & set(result.plan)  # they are other values now, under other names
+
+
+def test_lists_of_tensors_are_read_as_tensors() -> None:
+    model = parse(
+        """(float[1,32] x) => (float[1,10] y) {
+          a = MatMul(x, w) s = SplitToSequence <axis=1> (a, twelve) p = SequenceAt(s, one) q = ConcatFromSequence <axis=1> (s)
+          r = Relu(q) z = MatMul(r, v) m = ReduceMean <keepdims=1> (p) y = Add(z, m) }""",
+        w=W(32, 24), v=W(24, 10), twelve=np.int64(12), one=np.int64(1),
+    )  # fmt: skip
+    result = quantize(model, DRAW(64, 32), weight_bits=8, threads=1)
+    assert result.report.coverage.complete
+    assert not result.report.islands
+    assert result.report.fidelity is not None
+    assert result.report.fidelity.sqnr_db["y"] > 30
+
+
 @pytest.mark.parametrize("value", [-1e4, -1e9, -np.inf])
 @pytest.mark.parametrize(
     "end",

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from onnx_eptq import graph as og
 from onnx_eptq import islands
 from onnx_eptq.graph import constant, is_op
-from onnx_eptq.prepare import constants, layout, linear, normalization, patterns, precision
+from onnx_eptq.prepare import constants, layout, linear, normalization, patterns, precision, sequences
 from onnx_eptq.prepare.edit import shorten
 from onnx_eptq.prepare.opset import OPSET, to_opset
 
@@ -28,6 +28,7 @@ PASSES: dict[str, Pass] = {  # in the order in which they run
     function.__name__: function
     for function in (
         precision.use_float32,
+        sequences.unpack_sequences,
         constants.remove_noops,
         constants.fold_constants,
         constants.fold_shapes,

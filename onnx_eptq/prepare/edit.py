@@ -79,13 +79,18 @@ def bypass(graph: gs.Graph, node: gs.Node, source: gs.Tensor, kept: set[int]) ->
     movable = isinstance(source, gs.Variable) and source.inputs and id(source) not in kept
     if not movable or not any(out is t for t in graph.outputs):
         return False
-    maker = source.inputs[0]
-    index = next(i for i, t in enumerate(maker.outputs) if t is source)
+    take_place(node, source)
+    replace_uses(source, out)
+    return True
+
+
+def take_place(node: gs.Node, source: gs.Tensor) -> None:
+    """Let what makes `source` make the node's value instead, under that value's name, and take the node out."""
+    maker, out = source.inputs[0], node.outputs[0]
+    index = next(i for i, tensor in enumerate(maker.outputs) if tensor is source)
     node.inputs.clear()
     node.outputs.clear()
     maker.outputs[index] = out
-    replace_uses(source, out)
-    return True
 
 
 def fresh_name(graph: gs.Graph, base: str) -> str:

@@ -369,6 +369,7 @@ def _absorb(graph: gs.Graph, node: gs.Node, transpose: gs.Node) -> bool:
     back = [axis - 1 for axis in _inverse(perm)[1:]]
     grid = rows.reshape(*rest, -1).transpose(*back, len(rest)).reshape(rows.shape)
     set_constant(graph, linear, 1, np.ascontiguousarray(grid.T if linear.attrs.get("transB") else grid))
+    out.name = fresh_name(graph, f"{out.name}_reordered")  # in another order it is another value
     return True
 
 

@@ -17,7 +17,6 @@ from onnx_eptq.prepare.edit import (
     LINEAR,
     Array,
     axes_of,
-    bypass,
     const_at,
     constant_operand,
     dtype_of,
@@ -35,6 +34,7 @@ from onnx_eptq.prepare.edit import (
     set_constant,
     shape_of,
     shorten,
+    take_place,
 )
 
 LOG = logging.getLogger(__name__)
@@ -406,7 +406,7 @@ def _fold_into_producer(graph: gs.Graph, *ops: str) -> int:
         for source in node.inputs[:2]:
             linear = producer(source, *LINEAR)
             if linear is not None and only_for(source, node, kept) and _absorb_affine(graph, linear, node, kept):
-                bypass(graph, node, source, kept)
+                take_place(node, source)
                 changes += 1
                 break
     return changes
@@ -460,18 +460,24 @@ def fold_factor(graph: gs.Graph) -> int:
         if found is None or found[1].size != 1 or not np.isfinite(found[1]).all() or not found[1].all():
             continue
         source, factor, _ = found
-        constants = _scaled_by(source, node, kept) if same_dims(source, node.outputs[0], 0) else None
-        if constants and bypass(graph, node, source, kept):
-            for linear, index in constants:
-                values = array(linear.inputs[index])
-                assert values is not None
-                set_constant(graph, linear, index, values.astype(np.float64) * float(factor.reshape(-1)[0]))
+        scaled = _scaled_by(source, node, kept) if same_dims(source, node.outputs[0], 0) else None
+        if scaled:
+            take_place(node, source)
+            for reader, index in scaled:
+                values = const_at(reader, index)
+                if values is None:
+                    reader.inputs[index].name = fresh_name(graph, f"{reader.inputs[index].name}_scaled")
+                else:
+                    set_constant(graph, reader, index, values.astype(np.float64) * float(factor.reshape(-1)[0]))
             changes += 1
     return changes
 
 
 def _scaled_by(tensor: gs.Tensor, reader: gs.Node, kept: set[int]) -> list[tuple[gs.Node, int]] | None:
-    """Return constants, as node and input, that must be multiplied for the value to be, or None where others read it too."""
+    """Return all inputs, as node and index, that are multiplied where the value is: the constants and what lies between.
+
+    None where others read the value or what it comes from.
+    """
     node = tensor.inputs[0] if isinstance(tensor, gs.Variable) and tensor.inputs else None
     if node is None or not only_for(tensor, reader, kept) or len(node.outputs) != 1:
         return None
@@ -480,13 +486,19 @@ def _scaled_by(tensor: gs.Tensor, reader: gs.Node, kept: set[int]) -> list[tuple
             return None
         return [(node, 1)] if const_at(node, 2) is None else [(node, 1), (node, 2)]
     if is_op(node, "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"):
-        return _scaled_by(node.inputs[0], node, kept)
+        return _scaled_through(node, 0, kept)
     if is_op(node, "MatMul"):  # of one value with itself, the product would be scaled twice
         squares = node.inputs[0] is node.inputs[1]
-        return None if squares else next(filter(None, (_scaled_by(t, node, kept) for t in node.inputs)), None)
+        return None if squares else _scaled_through(node, 0, kept) or _scaled_through(node, 1, kept)
     bias = constant_operand(node) if is_op(node, "Add") else None
-    before = None if bias is None else _scaled_by(bias[0], node, kept)
+    before = None if bias is None else _scaled_through(node, 1 - bias[2], kept)
     return None if bias is None or before is None else [*before, (node, bias[2])]
+
+
+def _scaled_through(node: gs.Node, index: int, kept: set[int]) -> list[tuple[gs.Node, int]] | None:
+    """The same where an input of the node is multiplied, that input among them."""
+    before = _scaled_by(node.inputs[index], node, kept)
+    return None if before is None else [*before, (node, index)]
 
 
 def use_products(graph: gs.Graph) -> int:
