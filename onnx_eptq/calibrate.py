@@ -476,7 +476,7 @@ def choose_weight_scales(
     errors: dict[str, Tensor] = {}
 
     def see(value: str, x: Tensor) -> Tensor:
-        for layer in by_source.get(value, ()):
+        for layer in by_source.get(value, ()) if x.numel() else ():
             found = [_disturbance(layer, apply_linear(layer, x, delta)) for delta in deltas[layer.weight.name]]
             per_channel = torch.stack(found).double().cpu()
             if plan[layer.weight.name].grid.axis is None:

@@ -9,7 +9,7 @@ Positions that matter more to the network's outputs count more (after GuidedQuan
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
@@ -151,6 +151,8 @@ def gather(
         origin = origin[0].float().double(), origin[1].float().double()
     moments = Moments(xx, yx, x_sum, y_sum, origin=origin)
     for index, (x, y) in enumerate(pairs):
+        if not y.numel():  # nothing was selected
+            continue
         wanted = min(max(ROWS * unknowns, LEAST_ROWS), max(MOST_ROWS, NEEDED_ROWS * unknowns))
         positions = y.numel() // y.shape[layer.output_axis] // len(y) * samples
         every = math.isqrt(positions // wanted) if positions > wanted and y.ndim == 4 else 1
@@ -273,10 +275,25 @@ def descend(latent: Tensor, target: Tensor, covariance: Tensor, scale: Tensor, g
 
 
 class Lockstep:
-    """Runs an fx module node by node over many batches at once, so that a node can change before it is run."""
+    """Runs an fx module node by node over many batches at once, so that a node can change before it is run.
 
-    def __init__(self, module: Mirror, batches: Sequence[Sequence[Tensor]]) -> None:
+    Args:
+        module: what is run.
+        batches: its inputs.
+        decisions: values that another run takes over (`outputs.decisions`); they are kept.
+        guide: the run that they are taken from, which is always ahead; None: they are computed.
+    """
+
+    def __init__(
+        self,
+        module: Mirror,
+        batches: Sequence[Sequence[Tensor]],
+        decisions: Collection[str] = (),
+        guide: Lockstep | None = None,
+    ) -> None:
         self.module, self.nodes, self.at = module, list(module.graph.nodes), 0
+        self.decisions, self.guide = decisions, guide
+        self.decided: list[dict[str, Any]] = [{} for _ in batches]
         self.constant = constant_nodes(module)
         self.last_use = last_uses(self.nodes, self.constant)
         places = [node for node in self.nodes if node.op == "placeholder"]
@@ -312,9 +329,15 @@ class Lockstep:
             for node in self.nodes[start : self.at]
             if node not in self.constant and node.op not in ("placeholder", "output")
         ]
-        for environment in self.environments:
+        for index, environment in enumerate(self.environments):
             for node in nodes:
-                environment[node] = self._execute(node, environment)
+                value = node.meta.get("value")
+                if value in self.decisions and self.guide is not None:
+                    environment[node] = self.guide.decided[index][value]
+                else:
+                    environment[node] = self._execute(node, environment)
+                if value in self.decisions:
+                    self.decided[index][value] = environment[node]
                 for source in node.all_input_nodes:
                     if self.last_use.get(source) is node:
                         del environment[source]
@@ -339,6 +362,7 @@ def compensate(
     layers: Sequence[Layer],
     batches: Sequence[Sequence[Tensor]],
     importance: Importance | None = None,
+    decisions: Collection[str] = (),
 ) -> list[str]:
     """Set weights, weight scales and biases of the student layer by layer, from the input on.
 
@@ -352,11 +376,13 @@ def compensate(
         layers: the graph's linear layers, in execution order.
         batches: network inputs, one sequence of tensors per batch; all batches are held at once.
         importance: by layer output, what each of its positions counts, per batch: `hessian.position_importance`.
+        decisions: values that the student takes over from the teacher: `outputs.decisions`.
 
     Returns:
         The names of the weights that were solved.
     """
-    ours, theirs = Lockstep(student, batches), Lockstep(teacher, batches)
+    theirs = Lockstep(teacher, batches, decisions)
+    ours = Lockstep(student, batches, decisions, theirs)
     solved: list[str] = []
     for layer in layers:
         if layer.weight.name in plan and layer.weight.name not in solved and can_solve(layer):
@@ -364,6 +390,8 @@ def compensate(
             counts = importance.get(layer.output.name) if importance else None
             sums = partial(gather, layer, weight=weight, samples=sum(len(x[0]) for x in batches), importance=counts)
             moments = sums(_pairs(layer, ours, theirs, weight))
+            if not moments.count:
+                continue
             if moments.is_cancelling:  # channels that hardly vary: once more, about their means
                 moments = sums(_pairs(layer, ours, theirs, weight), origin=moments.means)
             _settle(layer, student, teacher, moments)
@@ -374,7 +402,7 @@ def compensate(
 def _pairs(layer: Layer, ours: Lockstep, theirs: Lockstep, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Per batch: what the layer reads in the quantized network, and its output in the float one, without its bias."""
     index = next(i for i, tensor in enumerate(layer.node.inputs) if tensor is layer.source)
-    quantized, exact = (steps.source_of(layer.node.name, index) for steps in (ours, theirs))
+    exact, quantized = (steps.source_of(layer.node.name, index) for steps in (theirs, ours))
     for mine, its in zip(ours.environments, theirs.environments, strict=True):
         yield ours.value(quantized, mine), apply_linear(layer, theirs.value(exact, its), weight)
 

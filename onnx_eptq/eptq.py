@@ -27,7 +27,7 @@ from onnx_eptq.compensate import compensate
 from onnx_eptq.grid import along, flat
 from onnx_eptq.methods import Effort, Method, Stage
 from onnx_eptq.mirror import BiasQuantizer, Mirror, Quantizer, column_factors
-from onnx_eptq.outputs import distributed, judged_targets, learning_targets
+from onnx_eptq.outputs import decisions, distributed, judged_targets, learning_targets
 from onnx_eptq.pieces import Piece
 from onnx_eptq.plan import Layer, Plan
 from onnx_eptq.rounding import (
@@ -124,16 +124,25 @@ class Judge:
     ) -> None:
         self.targets, self.samples, self.batch, self.mapped = targets, samples, batch, mapped
         self.axes = distributed(graph, targets)
-        self.expected = self._outputs(teacher)
+        places, raw = pieces.placeholders(teacher), pieces.raw_nodes(teacher)
+        self.decisions = pieces.between(teacher, places, [raw[name] for name in targets], decisions(graph))
+        self.decided: list[Sequence[Tensor]] = []  # by the teacher, of every batch
+        self.expected = self._outputs(teacher, self.decisions)
         self.factors = column_factors(teacher, targets, self.expected)
 
     @torch.no_grad()
-    def _outputs(self, mirror: Mirror) -> list[Tensor]:
-        raw = pieces.raw_nodes(mirror)
-        wanted = [raw[name] for name in self.targets]
-        run = pieces.function(mirror, pieces.placeholders(mirror), wanted, mapped=self.mapped)
-        count = len(self.samples[0])
-        parts = [run(*[x[i : i + self.batch] for x in self.samples]) for i in range(0, count, self.batch)]
+    def _outputs(self, mirror: Mirror, deciding: Sequence[str] = ()) -> list[Tensor]:
+        """The targets of a mirror, which decides `deciding` itself, or selects what the teacher did."""
+        raw, places = pieces.raw_nodes(mirror), pieces.placeholders(mirror)
+        given = [] if deciding else [raw[name] for name in self.decisions]
+        wanted = [raw[name] for name in (*self.targets, *deciding)]
+        run = pieces.function(mirror, [*places, *given], wanted, mapped=self.mapped)
+        parts = []
+        for batch, start in enumerate(range(0, len(self.samples[0]), self.batch)):
+            found = run(*[x[start : start + self.batch] for x in self.samples], *(self.decided[batch] if given else ()))
+            parts.append(found[: len(self.targets)])
+            if deciding:
+                self.decided.append(found[len(self.targets) :])
         return [_joined(tensors) for tensors in zip(*parts, strict=True)]
 
     def losses(self, student: Mirror) -> Tensor:
@@ -160,7 +169,9 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _by_sample(x: Tensor, samples: int) -> Tensor:
-    """Mean of each sample's elements; the same for all where the first axis does not hold them one after another."""
+    """Mean of each sample's elements (none: 0); the same for all where the first axis does not hold them one after another."""
+    if not x.numel():
+        return torch.zeros(samples)
     rows = x.reshape(samples, -1) if x.numel() % samples == 0 else x.flatten()
     return rows.mean(-1).cpu()
 
@@ -197,7 +208,7 @@ def distribution_axis(z: Tensor, known: int | None = None) -> int | None:
     axis = 1 if known is None else known
     if z.ndim <= axis or z.shape[axis] < 2:
         return None
-    return axis if known is not None or z[0].numel() == z.shape[1] else None
+    return axis if known is not None or math.prod(z.shape[2:]) == 1 else None
 
 
 def divergence(found: Tensor, expected: Tensor, axis: int = 1, reduction: str = "batchmean") -> Tensor:
@@ -358,7 +369,7 @@ def _coefficients(
 ) -> list[float | Tensor]:
     """Per compared value, what its mean squared error counts: one number, or one per sample."""
     n = len(values)
-    power = [1 / (n * max(float(value.square().mean()), 1e-20)) for value in values]
+    power = [1 / (n * max(float(value.square().mean()), 1e-20)) if value.numel() else 0.0 for value in values]
     if stage.weighting == "none" or n == 0:
         return [stage.features * c for c in power]
     if stage.weighting == "mse" or len(layers) != n:
@@ -486,14 +497,16 @@ class _Piece:
         ]
         nodes = pieces.needed_nodes(inputs[0], outputs[0])
         self.parts = install(student, problem, piece, stage, nodes, done)
-        self.student = pieces.function(student, inputs[0], outputs[0], mapped=problem.mapped)
-        self.teacher = pieces.function(teacher, inputs[1], outputs[1], mapped=problem.mapped)
+        self.decided = pieces.between(teacher, inputs[1], outputs[1], decisions(problem.graph))
+        given, deciding = ([raw[name] for name in self.decided] for raw in (mine, its))
+        self.student = pieces.function(student, [*inputs[0], *given], outputs[0], mapped=problem.mapped)
+        self.teacher = pieces.function(teacher, inputs[1], [*outputs[1], *deciding], mapped=problem.mapped)
         self.ours, self.theirs = ([kept[name] for name in piece.inputs] for kept in (ours, theirs))
         if first:
             self.ours = self.theirs = list(problem.samples)
         self.cache = (cache or Cache()).of((*wanted, *crossing), len(self.theirs[0]), self._cached)
         first_batch = torch.split(torch.arange(min(problem.effort.batch, len(self.ours[0]))), problem.learned_together)
-        found = [self._expected(chunk) for chunk in first_batch]
+        found = [self._expected(chunk)[: len(outputs[1])] for chunk in first_batch]
         few = [_joined(values) for values in zip(*found, strict=True)]
         names = [*wanted, *crossing]
         factors = column_factors(teacher, names, few)
@@ -510,6 +523,8 @@ class _Piece:
     @torch.no_grad()
     def _cached(self) -> list[Tensor] | None:
         """The teacher's values for all samples, if they fit."""
+        if self.decided:  # as many as there happen to be, and not sample by sample
+            return None
         batch, count = self.problem.learned_together, len(self.theirs[0])
         first = self.teacher(*[x[:batch] for x in self.theirs])
         size = sum(value.numel() * value.element_size() for value in first) / min(batch, count) * count
@@ -529,6 +544,7 @@ class _Piece:
 
     @torch.no_grad()
     def _expected(self, index: Tensor) -> Sequence[Tensor]:
+        """What the student should compute, and behind it what the teacher decides."""
         if self.cache is None:
             return self.teacher(*[x[index] for x in self.theirs])
         return [_of_samples(value, index, len(self.theirs[0])) for value in self.cache]
@@ -558,8 +574,10 @@ class _Piece:
     def loss(self, index: Tensor, step: int, steps: int) -> Tensor:
         """The loss of one batch."""
         expected = self._expected(index)
+        count = len(expected) - len(self.decided)
+        expected, decided = expected[:count], expected[count:]
         with torch.autocast(self.ours[0].device.type, torch.bfloat16, enabled=self.problem.bf16):
-            found: Sequence[Tensor] = self.student(*self.inputs(index))
+            found: Sequence[Tensor] = self.student(*self.inputs(index), *decided)
         total = torch.zeros((), device=self.ours[0].device)
         found, expected = self._evened(found), self._evened(expected)
         plain = len(found) - self.distributions
@@ -567,10 +585,12 @@ class _Piece:
             if isinstance(c, float):
                 total = total + squared_error(a, b, c)
             else:
-                total = total + (c[index] * (a.float() - b).square().reshape(len(index), -1).mean(1)).mean()
+                total = total + (c[index] * _by_sample((a.float() - b).square(), len(index)).to(c)).mean()
         heads = zip(found[plain:], expected[plain:], self.axes[: self.distributions], self.factors[plain:], strict=True)
         for a, b, known, factor in heads:
             axis = distribution_axis(b, known)
+            if not b.numel():  # nothing was selected
+                continue
             if factor is not None:
                 total = total + self.stage.kl * F.mse_loss(a.float(), b)
             elif axis is not None:
@@ -749,7 +769,8 @@ class Learner:
         rounded = {key: value.clone() for key, value in self.student.state_dict().items()}
         for name, counts in starts.items():
             self.student.load_state_dict(rounded)
-            compensate(self.student, problem.teacher, problem.plan, problem.layers, batches, counts)
+            chosen_by = decisions(problem.graph)
+            compensate(self.student, problem.teacher, problem.plan, problem.layers, batches, counts, chosen_by)
             fit_biases(self.student, problem.plan)
             self._keep(name)
 

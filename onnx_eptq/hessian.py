@@ -31,9 +31,13 @@ PROBES = 16  # Rademacher vectors: about 10 % error, which no use of the scores 
 
 
 def per_sample(x: Tensor, samples: int, channel_axis: int) -> Tensor:
-    """A layer's output as [samples, channels, positions]: tokens and windows are positions, features are channels."""
+    """A layer's output as [samples, channels, positions]: tokens and windows are positions, features are channels.
+
+    Rows that are not as many for every sample (what a model selects) are all given to each.
+    """
     moved = x.movedim(channel_axis, -1)
-    return moved.reshape(samples, -1, moved.shape[-1]).transpose(1, 2)
+    even = moved.numel() % (samples * moved.shape[-1]) == 0
+    return moved.reshape(samples if even else 1, -1, moved.shape[-1]).transpose(1, 2).expand(samples, -1, -1)
 
 
 @torch.no_grad()
@@ -127,7 +131,8 @@ def label_free_hessian(
         start += count
         for layer, square in zip(layers, squares, strict=True):
             by_channel = per_sample(square, count, layer.output_axis)
-            traces[layer.output.name].append(by_channel.sum((1, 2)).cpu())
+            given = square.numel() / max(1, by_channel.numel())  # 1, or less where samples share what they have
+            traces[layer.output.name].append(by_channel.sum((1, 2)).cpu() * given)
             attention[layer.output.name].append(by_channel.mean(2).amax(1).cpu())
     return tuple({name: torch.cat(parts) for name, parts in found.items()} for found in (traces, attention))  # type: ignore[return-value]
 
@@ -232,7 +237,7 @@ def position_importance(
             found[name].append(part)
     scaled = {}
     for name, parts in found.items():
-        mean = sum(float(part.sum()) for part in parts) / sum(part.numel() for part in parts)
+        mean = sum(float(part.sum()) for part in parts) / max(1, sum(part.numel() for part in parts))
         if mean > 0 and math.isfinite(mean):
             scaled[name] = [(1 - LEANING + LEANING / mean * part).float() for part in parts]
     return scaled

@@ -31,7 +31,10 @@ def judged_targets(graph: gs.Graph) -> list[str]:
 
 
 def _ends(graph: gs.Graph, squashes: Callable[[gs.Node], bool]) -> list[str]:
-    return list(dict.fromkeys(name for tensor in graph.outputs for name in _before_squashing(tensor, squashes)))
+    """What the outputs come to, and what is selected by on the way to them."""
+    tensors = graph.tensors()
+    ends = [*graph.outputs, *(tensors[name] for name in decisions(graph))]
+    return list(dict.fromkeys(name for tensor in ends for name in _before_squashing(tensor, squashes)))
 
 
 def _activations(node: gs.Node) -> list[gs.Tensor]:
@@ -89,6 +92,23 @@ def selections(graph: gs.Graph) -> dict[str, list[str]]:
                 found |= sources.get(tensor.name, {})
             sources |= {tensor.name: found for tensor in node.outputs}
     return {tensor.name: list(sources[tensor.name]) for tensor in graph.outputs if tensor.name in sources}
+
+
+def decisions(graph: gs.Graph) -> list[str]:
+    """Integers and truth values that say what an operator selects (TopK, NonZero), where layers have a say in them.
+
+    Two networks that are fed each other's select the same elements, in the same order and number, and can be compared behind.
+    """
+    learned: set[str] = set()  # what depends on layers
+    found: dict[str, None] = {}
+    for node in graph.nodes:
+        read = variables_read(node)
+        if role_of(node) == "linear" or any(tensor.name in learned for tensor in read):
+            learned |= {tensor.name for tensor in node.outputs}
+            if op_of(node).selects:
+                chosen = [*node.outputs, *(tensor for tensor in read if tensor.name in learned)]
+                found |= {tensor.name: None for tensor in chosen if not tensor.is_empty() and not is_float(tensor)}
+    return list(found)
 
 
 def class_axes(graph: gs.Graph) -> dict[str, int]:

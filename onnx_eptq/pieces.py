@@ -6,7 +6,7 @@ Blocks are found from the graph: a cut lies wherever a single value connects wha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
@@ -73,6 +73,12 @@ def needed_nodes(inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> set[f
             needed.add(node)
             stack += [source for source in node.all_input_nodes if source not in inputs]
     return needed
+
+
+def between(mirror: Mirror, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node], values: Iterable[str]) -> list[str]:
+    """Those of the values that lie on the way from `inputs` to `outputs`."""
+    needed, raw = needed_nodes(inputs, outputs), raw_nodes(mirror)
+    return [name for name in values if raw.get(name) in needed]
 
 
 def function(

@@ -316,7 +316,7 @@ def _gathered(setting: Setting, layers: Sequence[Layer]) -> dict[str, Moments]:
     moments: dict[str, Moments] = {}
 
     def see(value: str, x: Tensor) -> Tensor:
-        for layer in by_source.get(value, ()):
+        for layer in by_source.get(value, ()) if x.numel() else ():
             name = layer.weight.name
             weight = setting.teacher.constant(name)
             pair = [(x, apply_linear(layer, x, weight))]

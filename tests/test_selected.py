@@ -1,0 +1,127 @@
+"""Layers behind a selection: detectors in two stages, queries that are picked. Both networks select what the float one does."""
+
+import copy
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import models
+import onnx_eptq
+from models import f32, i64, parse, weights
+from onnx_eptq import pieces
+from onnx_eptq.compensate import compensate
+from onnx_eptq.eptq import Judge, Learner
+from onnx_eptq.methods import METHODS
+from onnx_eptq.outputs import decisions, learning_targets
+from onnx_eptq.plan import Rules
+
+W = weights(40)
+BODY = """c = Conv <pads=[1,1,1,1]> (x, w0) f = Relu(c) t = Reshape(f, flat) k = Transpose <perm=[0,2,1]> (t)
+  s = MatMul(k, ws) q = Squeeze(s, last)"""
+HEAD = "a = MatMul(z, w1) r = Relu(a) y = MatMul(r, w2) }"
+CONSTANTS = {
+    "flat": i64(0, 6, 64), "last": i64(-1), "rows": i64(-1, 6), "four": i64(4), "wide": i64(1, 1, 6),
+    "half": f32(0.5).reshape(()), "w0": W(6, 3, 3, 3), "ws": W(6, 1), "w1": W(6, 8), "w2": W(8, 5), "order": i64(1, 0),
+}  # fmt: skip
+MODELS = {
+    "picked": f"""(float[N,3,8,8] x) => (float[N,4,5] y) {{ {BODY} v, i = TopK(q, four) u = Unsqueeze(i, last)
+      e = Expand(u, wide) z = GatherElements <axis=1> (k, e) {HEAD}""",
+    "compressed": f"""(float[N,3,8,8] x) => (float[M,5] y) {{ {BODY} g = Greater(q, half) b = Reshape(g, last)
+      l = Reshape(k, rows) z = Compress <axis=0> (l, b) {HEAD}""",
+    "where": f"""(float[N,3,8,8] x) => (float[M,5] y) {{ {BODY} g = Greater(q, half) n = NonZero(g)
+      p = Transpose <perm=[1,0]> (n) z = GatherND(k, p) {HEAD}""",
+}
+DECISIONS = {"picked": ["i"], "compressed": ["b"], "where": ["n", "g"]}
+
+
+def model(name: str, threshold: float = 0.5) -> onnx.ModelProto:
+    used = {key: array for key, array in CONSTANTS.items() if key in MODELS[name]}
+    return parse(MODELS[name], **{**used, **({"half": f32(threshold).reshape(())} if "half" in used else {})})
+
+
+def images(count: int = 64) -> np.ndarray:
+    return np.random.default_rng(2).standard_normal((count, 3, 8, 8)).astype(np.float32)
+
+
+def target(mirror, x, name="y"):
+    return pieces.function(mirror, pieces.placeholders(mirror), [pieces.raw_nodes(mirror)[name]])(x)[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_layers_have_a_say_in_is_a_decision(name):
+    found = models.quantize(model(name), Rules(4, 8))
+    assert decisions(found.graph) == DECISIONS[name]
+    assert learning_targets(found.graph) == ["y", "q"]  # what is selected by counts, too
+
+
+def test_what_inputs_alone_decide_is_none():
+    text = """(float[N,6] x) => (float[M,5] y) { h = ReduceMax <keepdims=0> (x, one) b = Greater(h, half)
+      z = Compress <axis=0> (x, b) a = MatMul(z, w1) y = MatMul(a, w2) }"""
+    found = models.prepared(parse(text, half=f32(0.5).reshape(()), one=i64(1), w1=W(6, 8), w2=W(8, 5)))
+    assert decisions(found) == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_student_is_judged_on_what_the_teacher_selects(name):
+    """Other scores select other elements; what is computed of the same ones does not differ."""
+    found = models.quantize(model(name), Rules(4, 8))
+    samples = [torch.from_numpy(images(12))]
+    judge = Judge(found.teacher, found.graph, ["y"], samples, batch=5)
+    other = copy.deepcopy(found.teacher)
+    with torch.no_grad():
+        other.constant("ws").mul_(-0.9)
+    alone = [target(mirror, samples[0]) for mirror in (found.teacher, other)]
+    assert alone[0].shape != alone[1].shape or not torch.allclose(*alone)
+    assert judge.distance(other) == 0
+    with torch.no_grad():
+        other.constant("w2").mul_(1.1)
+    assert 0.0099 < judge.distance(other) < 0.02  # the squared error, and of rows of classes their divergence
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_start_solves_layers_behind_a_selection(name):
+    found = models.quantize(model(name), Rules(3, 8))
+    with torch.no_grad():  # the student alone would select other rows than the teacher, and in general fewer or more
+        found.student.constant("ws").mul_(-1)
+    samples = [torch.from_numpy(images(48))]
+    judge = Judge(found.teacher, found.graph, ["y"], samples, batch=16)
+    before = judge.distance(found.student)
+    batches = [[samples[0][i : i + 16]] for i in range(0, 48, 16)]
+    solved = compensate(
+        found.student, found.teacher, found.plan, found.layers, batches, decisions=decisions(found.graph)
+    )
+    assert set(solved) == {"w0", "ws", "w1", "w2"}
+    assert judge.distance(found.student) < 0.8 * before
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"rtn"}))
+@pytest.mark.parametrize("name", MODELS)
+def test_every_method_learns_behind_a_selection(name, method):
+    found = models.quantize(model(name), Rules(3, 8))
+    problem = models.problem(found, method, steps=12, count=64)
+    learner = Learner(problem, copy.deepcopy(found.student))
+    losses = [float(loss) for loss in learner]
+    assert np.isfinite(losses).all()
+    distances = learner.learning.distances
+    assert np.isfinite(list(distances.values())).all()
+    if method == "eptq":
+        assert min(distances.values()) < 0.9 * distances["rtn"]
+
+
+OPTIONS = [
+    {"method": "rtn"},
+    {"effort": "fast"},
+    {"method": "eptq-v2", "steps": 4},
+    {"compression": 7, "method": "rtn"},
+    {"effort": "fast", "batch_size": 1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("threshold", [0.5, 2.5, 50])  # some rows, few (of some samples none), none at all
+def test_from_end_to_end_with_few_elements_or_none(threshold, options):
+    result = onnx_eptq.quantize(model("compressed", threshold), images(), threads=1, **options)
+    assert min(result.report.fidelity.sqnr_db.values()) > 12
+    assert result.report.coverage.complete
