@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from onnx_eptq.errors import DataError
-from onnx_eptq.grid import MIN_SCALE, Grid, QParams, affine_qparams, fake_quantize, symmetric_qparams
+from onnx_eptq.grid import MIN_SCALE, Grid, QParams, affine_qparams, fake_quantize, flat, symmetric_qparams
 from onnx_eptq.mirror import Mirror, Probe
 from onnx_eptq.ops import op_of
 from onnx_eptq.plan import Layer, Limits, Plan, QuantPoint, is_constant, role_of
@@ -27,6 +27,7 @@ from onnx_eptq.plan import Layer, Limits, Plan, QuantPoint, is_constant, role_of
 log = logging.getLogger(__name__)
 
 BINS = 4096
+CHUNK = 2**16  # elements that are counted together: they stay in the cache
 SLACK = 0.05  # an error this much above the least still counts as least: the optimum is flat, saturation is not
 LEANINGS = (0.9, 0.5, 0.0)  # how far what elements count may lean on their gradients
 MAX_BIAS = 2**30  # leaves the other half of int32 to the sum of products it is added to
@@ -93,7 +94,7 @@ class Histogram:
         if first:
             self.low, self.high = low, high if high > low else low + max(abs(low), 1.0) * 1e-6
         self._cover(low, high)
-        self.counts += torch.histc(x.float(), self.counts.numel(), self.low, self.high).double().cpu()
+        self.counts += self.tally(flat(x))
 
     def _cover(self, low: float, high: float) -> None:
         half = self.counts.numel() // 2
@@ -105,10 +106,22 @@ class Histogram:
             else:
                 self.counts[half:], self.low = merged, self.high - 2 * width
 
+    def tally(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        """How many elements of x fall into each bin, or what they count together; float64, on the CPU."""
+        total = torch.zeros_like(self.counts)
+        size = CHUNK if x.device.type == "cpu" else max(1, x.numel())
+        parts = torch.split(x.reshape(-1), size)
+        weights = [None] * len(parts) if counts is None else torch.split(counts.reshape(-1), size)
+        for part, weight in zip(parts, weights, strict=True):
+            total += torch.bincount(self.bins_of(part), weight, len(total)).cpu()
+        return total
+
     def bins_of(self, x: Tensor) -> Tensor:
         """The bin of every element of x; the outermost ones take what lies outside the range."""
-        bins, width = self.counts.numel(), max(self.high - self.low, 1e-30)
-        return ((x.double() - self.low) * (bins / width)).nan_to_num().clamp(0, bins - 1).long()
+        low, high = torch.tensor([self.low, self.high], dtype=torch.float32, device=x.device)
+        bins, width = self.counts.numel(), (high - low).clamp(min=1e-30)
+        places: Tensor = (x.float() - low).mul_(bins).div_(width).nan_to_num_().clamp_(0, bins - 1)
+        return places.int()
 
     def weighted(self) -> Histogram:
         """The same data with elements that count by their importance and, a little, all alike."""

@@ -302,8 +302,7 @@ def weigh_ranges(
         with torch.no_grad():
             values = run(*inputs)
         for root, value, square in zip(roots, values, squares, strict=True):
-            bins = stats.histograms[root].bins_of(value)
-            totals[root] += torch.bincount(bins.flatten(), square.flatten(), len(totals[root])).cpu()
+            totals[root] += stats.histograms[root].tally(value, square)
     for root, total in totals.items():
         if 0 < float(total.sum()) < math.inf:
             stats.histograms[root].importance = total / total.sum()
