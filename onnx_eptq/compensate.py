@@ -199,22 +199,24 @@ def round_columns(rows: Tensor, covariance: Tensor, scale: Tensor, grid: Grid) -
     )
     inverse = torch.cholesky_inverse(_factor(permuted))
     upper = _factor(inverse, upper=True)
-    work = rows.gather(2, order[:, None, :].expand_as(rows)).clone()
+    work = rows.mT.gather(
+        1, order[:, :, None].expand_as(rows.mT)
+    )  # [groups, K, R]: what is worked on together lies together
     latent, error = torch.empty_like(work), torch.zeros_like(scale)
     for start in range(0, unknowns, BLOCK):
         stop = min(start + BLOCK, unknowns)
-        errors = torch.empty_like(work[:, :, start:stop])
+        errors = torch.empty_like(work[:, start:stop])
         for j in range(start, stop):
-            w = work[:, :, j]
-            latent[:, :, j] = w
+            w = work[:, j]
+            latent[:, j] = w
             code = torch.clamp(round_half_even(w / scale), grid.qmin, grid.qmax)
             e = (w - code * scale) / upper[:, j, j, None]
-            errors[:, :, j - start] = e
-            work[:, :, j + 1 : stop] -= e[:, :, None] * upper[:, None, j, j + 1 : stop]
-        error += errors.square().sum(2)
-        work[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
-    back = order.argsort(1)[:, None, :].expand_as(latent)
-    return latent.gather(2, back), error
+            errors[:, j - start] = e
+            work[:, j + 1 : stop] -= upper[:, j, j + 1 : stop, None] * e[:, None]
+        error += errors.square().sum(1)
+        work[:, stop:] -= upper[:, start:stop, stop:].mT @ errors
+    back = order.argsort(1)[:, :, None].expand_as(latent)
+    return latent.gather(1, back).mT, error
 
 
 def _factor(covariance: Tensor, *, upper: bool = False) -> Tensor:
@@ -245,33 +247,35 @@ def descend(latent: Tensor, target: Tensor, covariance: Tensor, scale: Tensor, g
 
     The error of a row is (w - s q) C (w - s q)', with w of `target` and C the covariance. Returns (latent weights, scales).
     """
-    codes = torch.clamp(round_half_even(latent / scale[..., None]), grid.qmin, grid.qmax)
-    diagonal = covariance.diagonal(dim1=1, dim2=2)[:, None, :].clamp(min=1e-30)
-    product = target @ covariance
+    # [groups, K, R], as in `round_columns`; the covariance is symmetric
+    codes = torch.clamp(round_half_even(latent.mT.contiguous() / scale[:, None]), grid.qmin, grid.qmax)
+    diagonal = covariance.diagonal(dim1=1, dim2=2)[:, :, None].clamp(min=1e-30)
+    product = covariance @ target.mT
     for _ in range(SWEEPS):
-        response = codes @ covariance
-        fitted = (codes * product).sum(2) / (codes * response).sum(2).clamp(min=1e-30)
+        response = covariance @ codes
+        fitted = (codes * product).sum(1) / (codes * response).sum(1).clamp(min=1e-30)
         scale = torch.where(fitted > 0.5 * scale, fitted, scale)
-        gradient = product / scale[..., None] - response
+        gradient = product / scale[:, None] - response
         changed = False
-        for start in range(0, codes.shape[2], BLOCK):
-            stop = min(start + BLOCK, codes.shape[2])
-            steps = torch.zeros_like(codes[:, :, start:stop])
+        for start in range(0, codes.shape[1], BLOCK):
+            stop = min(start + BLOCK, codes.shape[1])
+            steps = torch.zeros_like(codes[:, start:stop])
             for j in range(start, stop):
-                old = codes[:, :, j]
-                best = torch.clamp(round_half_even(old + gradient[:, :, j] / diagonal[:, :, j]), grid.qmin, grid.qmax)
+                old = codes[:, j]
+                best = torch.clamp(round_half_even(old + gradient[:, j] / diagonal[:, j]), grid.qmin, grid.qmax)
                 step = best - old
-                steps[:, :, j - start] = step
-                codes[:, :, j] = best
-                gradient[:, :, start:stop] -= step[:, :, None] * covariance[:, None, j, start:stop]
-            moved = steps @ covariance[:, start:stop]
-            gradient[:, :, :start] -= moved[:, :, :start]
-            gradient[:, :, stop:] -= moved[:, :, stop:]
-            changed = changed or bool(steps.any())
+                if step.any():
+                    steps[:, j - start] = step
+                    codes[:, j] = best
+                    gradient[:, start:stop] -= covariance[:, j, start:stop, None] * step[:, None]
+                    changed = True
+            if steps.any():
+                gradient[:, :start] -= covariance[:, :start, start:stop] @ steps
+                gradient[:, stop:] -= covariance[:, stop:, start:stop] @ steps
         if not changed:
             break
     lean = (gradient / diagonal).clamp(-0.49, 0.49)
-    return (codes + lean) * scale[..., None], scale
+    return ((codes + lean) * scale[:, None]).mT, scale
 
 
 class Lockstep:

@@ -270,9 +270,9 @@ def test_learning_begins_at_the_better_start(monkeypatch, best):
     weight = found.layers[0].weight.name
     begun = []
 
-    def solved(student, teacher, plan, layers, batches, importance):
+    def solved(student, teacher, plan, layers, batches, importance, *others):
         begun.append(all(torch.equal(value, rounded[key]) for key, value in student.state_dict().items()))
-        compensate(student, teacher, plan, layers, batches, importance)
+        compensate(student, teacher, plan, layers, batches, importance, *others)
         if (best == "weighted") != bool(importance):
             student.constant(weight).mul_(-1)
 
