@@ -32,6 +32,7 @@ EXPONENTS = ((0.25, 0.0), (0.5, 0.0), (0.25, 0.75), (0.5, 0.5), (0.75, 0.25), (1
 RANGES = (1.0, 0.8, 0.6, 0.4)  # shares of the range that compete, as calibration would cut outliers off
 MILDER = 0.7  # of the error that milder factors leave: wilder ones must leave less, as few samples show the extremes
 HOPELESS = 2.0  # times the least error so far: such factors are not tried on more samples
+MOST_WORK = 2**28  # multiplications of a reader, about, before what is hopeless is looked for again
 GAIN = 0.9  # of the error that is left at most: less is not worth a change
 REACH = 8  # powers of two that a factor may be away from the middle
 
@@ -244,7 +245,13 @@ class _Trial:
         )  # what is still in the running; without factors all the rest is measured by
 
     def see(self, x: Tensor) -> None:
-        """Add the errors of one batch: in units of the reader's output, and by what they count where that is known."""
+        """Add the errors of one batch, part by part where it is large, so that what is hopeless is not tried on all of it."""
+        work = sum(weight.numel() for weight in self.weights) * x.numel() / x.shape[self.place.axis]
+        for part in x.tensor_split(min(len(x), max(1, round(work / MOST_WORK)))) if self.place.axis else [x]:
+            self._add(part)
+
+    def _add(self, x: Tensor) -> None:
+        """Add the errors of some samples: in units of the reader's output, and by what they count where that is known."""
         exact = [apply_linear(layer, x, w) for layer, w in zip(self.place.readers, self.weights, strict=True)]
         for i in self.open:
             factors, grids, rounded = self.options[i]

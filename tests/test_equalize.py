@@ -297,6 +297,28 @@ def test_hopeless_factors_are_tried_on_one_batch_only():
     assert (trial.errors[0, 0] > before[0, 0]).all()  # what others are measured by goes on
 
 
+def test_large_batches_are_looked_at_in_parts(monkeypatch):
+    """The errors are the same, but for what became hopeless on the way."""
+    graph, plan, layers = ready(PLACES["conv"])
+    (place,) = find_places(graph, layers, plan)
+    seen = torch.tensor([0.01, 1.0, 2.0, 8.0, 64.0, 0.5])
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 6, 8, 8)).astype(np.float32))
+    trials, tried = {}, {}
+    for most in (1e9, 1):
+        monkeypatch.setattr(equalize_module, "MOST_WORK", most)
+        trial = trials[most] = equalize_module._Trial(place, plan, mirror.build(graph), (-seen, seen), {})
+        trial.errors[:, 2] = 1e6  # as if it had been far worse before
+        parts = []
+        monkeypatch.setattr(trial, "_add", lambda x, add=trial._add, parts=parts: (parts.append(len(x)), add(x)))
+        trial.see(seen.reshape(1, 6, 1, 1) * noise)
+        tried[most] = parts
+    whole, parted = trials.values()
+    assert tried == {1e9: [4], 1: [1, 1, 1, 1]}
+    assert parted.open == whole.open
+    assert 2 not in whole.open
+    torch.testing.assert_close(parted._shares()[whole.open], whole._shares()[whole.open], rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("name", ["depthwise", "layer normalization"])
 def test_the_written_file_gains(name):
     proto = PLACES[name]
