@@ -8,7 +8,6 @@ Positions that matter more to the network's outputs count more (after GuidedQuan
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -155,13 +154,16 @@ def gather(
             continue
         wanted = min(max(ROWS * unknowns, LEAST_ROWS), max(MOST_ROWS, NEEDED_ROWS * unknowns))
         positions = y.numel() // y.shape[layer.output_axis] // len(y) * samples
-        every = math.isqrt(positions // wanted) if positions > wanted and y.ndim == 4 else 1
+        dims = y.ndim - 2
+        root = (positions // wanted) ** (1 / dims) if positions > wanted and op_of(layer.node).windows else 1.0
+        every = int(root + 1e-9)
         offset = index % every
         apply = thinned(layer, every, offset) if every > 1 and min(y.shape[2:]) > offset else None
         counts = None if importance is None else importance[index]
         if apply is not None:
-            y = y[:, :, offset::every, offset::every]
-            counts = None if counts is None else counts[:, offset::every, offset::every]
+            some = (slice(None), *[slice(offset, None, every)] * dims)
+            y = y[(slice(None), *some)]
+            counts = None if counts is None else counts[some]
         cols = columns(layer, x, weight, apply)
         target = y.movedim(layer.output_axis, 0).reshape(groups, outputs, -1)
         if origin is not None:

@@ -175,6 +175,31 @@ def test_moments_are_sums_over_positions(monkeypatch, every, needed, counted):
         torch.testing.assert_close(moments.y[group], target @ each, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("parts", [8, 27])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolutions_of_any_dimensions_are_thinned(monkeypatch, dims, parts):
+    """As far as the positions suffice: every second along three axes leaves an eighth, along one a half."""
+    sides = "".join(f",{9}" for _ in range(dims))
+    proto = models.parse(
+        f"(float[N,2{sides}] x) => (float[N,3{sides}] y) {{ y = Conv <pads=[{','.join(['1'] * 2 * dims)}]> (x, w) }}",
+        w=np.random.default_rng(0).standard_normal((3, 2, *[3] * dims)).astype(np.float32),
+    )
+    found = models.quantize(proto)
+    (layer,) = found.layers
+    weight = found.teacher.constant(layer.weight.name)
+    monkeypatch.setattr(comp, "ROWS", 0)
+    monkeypatch.setattr(comp, "LEAST_ROWS", 4 * 9**dims // parts)
+    x, y = (torch.randn(4, n, *[9] * dims, generator=torch.Generator().manual_seed(n)) for n in (2, 3))
+    moments = gather(layer, [(x, y)], weight, 4)
+    as_many = 4 * 9**dims // comp.LEAST_ROWS  # times as many as are needed
+    every = max(step for step in range(1, as_many + 1) if step**dims <= as_many)
+    assert every > 1
+    places = (slice(None), slice(None), slice(None), *[slice(None, None, every)] * dims)
+    cols = columns(layer, x, weight).reshape(1, -1, 4, *[9] * dims)[places].flatten(2).double()
+    assert moments.count == cols.shape[2]
+    torch.testing.assert_close(moments.xx, cols @ cols.mT, rtol=1e-4, atol=1e-3)
+
+
 def test_channels_that_hardly_vary_are_summed_about_their_means():
     """Their variance is a millionth of their square, and float32 sums of squares keep six digits."""
     found = models.quantize(KINDS["gemm"])
