@@ -1,4 +1,4 @@
-"""Writes the quantized graph as standard QDQ ONNX: follows `walk`, places integers that are given, computes no number."""
+"""Writes the quantized graph as standard QDQ ONNX: follows `walk`, places integers that are given, computes none."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 import torch
 
 from onnx_eptq import graph as graphs
+from onnx_eptq import grid as grids
 from onnx_eptq.grid import DTYPES, Grid, QParams, Quantized
 from onnx_eptq.ops import op_of
 from onnx_eptq.plan import QuantPoint, walk
@@ -121,6 +122,8 @@ class Writer:
             producer = value.inputs[0]
             producer.outputs[[output is value for output in producer.outputs].index(True)] = source
             restored = value
+            if point.grid.bits < 8:
+                self.open_clip(producer, root)
         else:
             source, restored = (
                 value,
@@ -141,6 +144,22 @@ class Writer:
         for node, channels in shielded:
             if channels != plain:
                 node.inputs[0] = self.dequantized(f"{node.name or node.op}_input", codes, root, channels)
+
+    def open_clip(self, node: gs.Node, root: str) -> None:
+        """Lift the upper bound of a Clip from 0 on where the grid behind it, narrower than its type, ends before.
+
+        ONNX Runtime leaves out a Clip in front of a quantizer whose whole type lies inside its bounds, and only then runs the
+        layer before it on integers.
+        """
+        low, high = (node.inputs[i] if i < len(node.inputs) else None for i in (1, 2))
+        if not (graphs.is_op(node, "Clip") and isinstance(low, gs.Constant) and isinstance(high, gs.Constant)):
+            return
+        _, qparams, grid = self.quantized[root]
+        codes = [grids.quantize(torch.from_numpy(np.array(bound.values)), qparams, grid) for bound in (low, high)]
+        ends = float(low.values) == 0 and int(codes[0]) == grid.qmin and int(codes[1]) == grid.qmax
+        highest = np.finfo(np.float32).max if ends else high.values
+        # Either way a constant of its own, as the size of the file must not depend on the scale.
+        node.inputs[2] = self.constant(f"{node.outputs[0].name}_max", np.array(highest, np.float32))
 
     def parameters(self, root: str, channels: tuple[int, int] | None = None) -> list[gs.Tensor]:
         """Scale and zero point of an activation's grid, or as many equal ones as an axis is long: (axis, size)."""
@@ -196,7 +215,9 @@ class Writer:
         scale = self.common(f"{value.name}_scale", qparams.scale.numpy())
         inputs: list[gs.Tensor]
         if point.role == "bias":
-            inputs = [self.constant(f"{value.name}_quantized", codes), scale]
+            # Said although it is always 0: converters to ONNX Runtime's own format stumble where it is left out.
+            zero_point = self.zeros("int32", tuple(qparams.scale.shape))
+            inputs = [self.constant(f"{value.name}_quantized", codes), scale, zero_point]
         elif point.role == "constant":
             zero_point = self.common(f"{value.name}_zero_point", qparams.zero_point.numpy().astype(np.uint8))
             inputs = [self.constant(f"{value.name}_quantized", codes.astype(np.uint8)), scale, zero_point]
