@@ -53,7 +53,7 @@ CHECK_STEPS = 5  # steps between two such looks, at least: one costs as much as 
 DRAWING = threading.Lock()  # torch's own generator, which runs in other threads would draw from, too
 SEEDS = 2**63  # that torch's generators take
 CURVE = 50  # points of a recorded loss curve
-INTERVAL = 20.0  # seconds between checkpoints: what a killed run loses at most
+INTERVAL = 40.0  # seconds between checkpoints, which hold the model several times: with a step, what a killed run loses
 HESSIAN_SAMPLES = 64
 BATCH = 32  # samples per step that falling rates are made for
 START_BATCH = 8  # samples that gradients for the closed-form start are taken of together: few, as all values are kept
@@ -880,9 +880,9 @@ class Learner:
         running.parts.schedule(stage, 1.0)
         open_, total = running.undecided()
         if stage.scope == "network":
-            soft = self.judge.distance(self.student)
+            soft = self.judge.distance(self.student) if open_ else 0.0
             running.parts.judged(True)
-            self.learning.gap = self.judge.distance(self.student) - soft
+            self.learning.gap = self.judge.distance(self.student) - soft if open_ else 0.0
         self.learning.undecided = max(self.learning.undecided, open_ / max(total, 1))
         self.running, self.step = None, 0
         bake(self.student, self.problem.plan)

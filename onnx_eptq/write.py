@@ -45,10 +45,20 @@ class Writer:
         self.shared: dict[str, gs.Tensor] = {}
         self.readers: dict[str, set[str]] = {}  # of what is shared: the values it was asked for by
         self.zero_points: set[str] = set()  # those that are not shared
+        # Constants that nothing but planned Clips read: they are in the file as long as one of those keeps them.
+        read = {
+            node.inputs[2].name: node.inputs[2]
+            for node in graph.nodes
+            if graphs.is_op(node, "Clip") and node.inputs[2:]
+        }
+        self.bounds = {name for name, tensor in read.items() if all(map(self._is_planned_clip, tensor.outputs))}
         self.owners: dict[str, str] = {}  # of nodes and initializers: the value, or the key of what is shared
         # Numbers for short names: a value's is the same whatever the widths, as names are bytes that budgets count.
         self.numbers = {value: number for number, value in enumerate(plan)}
         self.value = ""  # whose quantizer is being written
+
+    def _is_planned_clip(self, node: gs.Node) -> bool:
+        return graphs.is_op(node, "Clip") and node.outputs[0].name in self.plan
 
     def name(self, wanted: str) -> str:
         """A name nothing else has; long ones, which exporters make of whole paths, keep their end only."""
@@ -122,8 +132,8 @@ class Writer:
             producer = value.inputs[0]
             producer.outputs[[output is value for output in producer.outputs].index(True)] = source
             restored = value
-            if point.grid.bits < 8:
-                self.open_clip(producer, root)
+            if graphs.is_op(producer, "Clip"):
+                self.bound(producer, point)
         else:
             source, restored = (
                 value,
@@ -145,21 +155,25 @@ class Writer:
             if channels != plain:
                 node.inputs[0] = self.dequantized(f"{node.name or node.op}_input", codes, root, channels)
 
-    def open_clip(self, node: gs.Node, root: str) -> None:
+    def bound(self, clip: gs.Node, point: QuantPoint) -> None:
         """Lift the upper bound of a Clip from 0 on where the grid behind it, narrower than its type, ends before.
 
         ONNX Runtime leaves out a Clip in front of a quantizer whose whole type lies inside its bounds, and only then runs the
-        layer before it on integers.
+        layer before it on integers. Lifted or not, such a bound is a constant of its own: sizes must not depend on scales.
         """
-        low, high = (node.inputs[i] if i < len(node.inputs) else None for i in (1, 2))
-        if not (graphs.is_op(node, "Clip") and isinstance(low, gs.Constant) and isinstance(high, gs.Constant)):
+        low, high = (clip.inputs[i] if i < len(clip.inputs) else None for i in (1, 2))
+        if not (isinstance(low, gs.Constant) and isinstance(high, gs.Constant)):
             return
-        _, qparams, grid = self.quantized[root]
-        codes = [grids.quantize(torch.from_numpy(np.array(bound.values)), qparams, grid) for bound in (low, high)]
-        ends = float(low.values) == 0 and int(codes[0]) == grid.qmin and int(codes[1]) == grid.qmax
-        highest = np.finfo(np.float32).max if ends else high.values
-        # Either way a constant of its own, as the size of the file must not depend on the scale.
-        node.inputs[2] = self.constant(f"{node.outputs[0].name}_max", np.array(highest, np.float32))
+        self.owners[clip.name] = point.value  # it spells the bound's name
+        if point.grid.bits == 8:
+            if high.name in self.bounds:
+                self.share(high.name, high)
+            return
+        _, qparams, grid = self.quantized[point.tied_to or point.value]
+        codes = [grids.quantize(torch.from_numpy(np.array(end.values)), qparams, grid) for end in (low, high)]
+        covers = float(low.values) == 0 and int(codes[0]) == grid.qmin and int(codes[1]) == grid.qmax
+        highest = np.finfo(np.float32).max if covers else high.values
+        clip.inputs[2] = self.constant(f"{point.value}_max", np.array(highest, np.float32))
 
     def parameters(self, root: str, channels: tuple[int, int] | None = None) -> list[gs.Tensor]:
         """Scale and zero point of an activation's grid, or as many equal ones as an axis is long: (axis, size)."""
@@ -262,13 +276,14 @@ def _cast(writer: Writer, name: str, codes: np.ndarray, grid: Grid) -> gs.Tensor
 def _lut(writer: Writer, name: str, codes: np.ndarray, grid: Grid) -> gs.Tensor:
     """Packed bytes that a Gather from a table of 256 rows unpacks; runs on every runtime, also at 2 and at true 3 bits.
 
-    Row b of the table holds what byte b stands for: several codes, or of codes of 3 bits one bit of eight. What it takes has
-    short names: in a small model long ones would outweigh what is saved.
+    Row b of the table holds what byte b stands for: several codes, or of codes of 3 bits one bit of eight. Bytes are stored as
+    INT8, whose negative ones count from the table's end, to the same rows: OpenCV 4 shifts UINT8 by 128. What it takes has short
+    names: in a small model long ones would outweigh what is saved.
     """
     count, planes = codes.size, (1, 2, -4) if grid.bits == 3 else None
     width, unit = (1, "bit") if planes else (grid.bits, f"int{grid.bits}")
     parts = [codes >> place & 1 for place in range(len(planes))] if planes else [codes]
-    packed = np.stack([np.frombuffer(graphs.pack(part, width), np.uint8) for part in parts])
+    packed = np.stack([np.frombuffer(graphs.pack(part, width), np.int8) for part in parts])
     table = graphs.unpack(bytes(range(256)), width, (256, 8 // width), not planes).astype(np.int8)
     prefix = f"lut{writer.numbers[name]}"
     index = writer.node("Cast", f"{prefix}_index", [writer.constant(f"{name}_packed", packed)], to=DTYPES["int32"].onnx)

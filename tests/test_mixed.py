@@ -52,7 +52,7 @@ def uniform(mixed: Mixed, bits: int) -> dict[str, int]:
     "budget",
     [
         {"max_size": 60_000},
-        {"max_size": 58_111, "act_choices": (4, 8)},
+        {"max_size": 58_250, "act_choices": (4, 8)},
         {"compression": 9.5},
         {"max_weight_bytes": 15_000, "max_activation_memory": 25_000, "act_choices": (4, 6, 8)},
         {"max_bops": 2e8, "act_choices": (4, 8), "weight_choices": (2, 4, 8)},

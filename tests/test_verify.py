@@ -146,7 +146,7 @@ def bias_as_float(proto, node_name):
     """Put float values, which need not lie on the grid, where the bias's DequantizeLinear was."""
     node = node_named(proto, node_name)
     dequantize = producer(proto, node.input[2])
-    codes, scale = (numpy_helper.to_array(initializer(proto, name)) for name in dequantize.input)
+    codes, scale = (numpy_helper.to_array(initializer(proto, name)) for name in dequantize.input[:2])
     values = (codes.astype(np.float32) * scale * np.float32(1.02)).astype(np.float32)
     proto.graph.initializer.append(numpy_helper.from_array(values, "float_bias"))
     node.input[2] = "float_bias"
