@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -27,7 +27,8 @@ from onnx_eptq.plan import Layer, Limits, Plan, QuantPoint, is_constant, role_of
 log = logging.getLogger(__name__)
 
 BINS = 4096
-CHUNK = 2**16  # elements that are counted together: they stay in the cache
+CHUNK = 2**16  # elements that are worked on together: they stay in the processor's cache
+KEPT = 2**26  # numbers that candidates for weights may take in memory
 SLACK = 0.05  # an error this much above the least still counts as least: the optimum is flat, saturation is not
 LEANINGS = (0.9, 0.5, 0.0)  # how far what elements count may lean on their gradients
 MAX_BIAS = 2**30  # leaves the other half of int32 to the sum of products it is added to
@@ -355,17 +356,21 @@ def weight_mse(weight: Tensor, grid: Grid, points: int = 60, importance: Tensor 
 
     `importance`, shaped like the weight, is what each element's error counts (all the same by default).
     """
-    rows = _rows(weight, grid)
-    counts = 1.0 if importance is None else _rows(importance, grid)
-    threshold = rows.abs().amax(1)
-    row_grid = Grid(grid.bits, grid.signed, 0)
-    best = torch.full_like(threshold, float("inf"))
-    chosen = threshold.clone()
-    for share in torch.linspace(1.1, 0.2, points).tolist():
-        qparams = symmetric_qparams(threshold * share, row_grid)
-        error = ((fake_quantize(rows, qparams, row_grid) - rows).square() * counts).sum(1)
-        better = error < best
-        best, chosen = torch.where(better, error, best), torch.where(better, threshold * share, chosen)
+    rows = _rows(weight, grid).contiguous()
+    counts = None if importance is None else _rows(importance, grid)
+    limits = [rows.abs().amax(1) * share for share in (1.0, *torch.linspace(1.1, 0.2, points).tolist())]
+    scales = [symmetric_qparams(limit, Grid(grid.bits, grid.signed, 0)).scale[:, None] for limit in limits[1:]]
+    best, chosen = torch.full_like(limits[0], float("inf")), limits[0].clone()
+    step = max(1, CHUNK // max(1, rows.shape[1]))
+    for some in (slice(start, start + step) for start in range(0, len(rows), step)):
+        exact, error = rows[some], torch.empty_like(rows[some])
+        for limit, scale in zip(limits[1:], scales, strict=True):
+            torch.div(exact, scale[some], out=error).round_().clamp_(grid.qmin, grid.qmax).mul_(scale[some])
+            error.sub_(exact).square_()
+            total = (error if counts is None else error * counts[some]).sum(1)
+            better = total < best[some]
+            best[some] = torch.where(better, total, best[some])
+            chosen[some] = torch.where(better, limit[some], chosen[some])
     return symmetric_qparams(chosen if grid.axis is not None else chosen[0], grid)
 
 
@@ -481,16 +486,22 @@ def choose_weight_scales(
     by_source: dict[str, list[Layer]] = {}
     for layer in (layer for group in users.values() for layer in group):
         by_source.setdefault(layer.source.name, []).append(layer)
-    deltas = {}
-    for name, options in candidates.items():
+
+    def deltas(name: str) -> Iterator[Tensor]:
         weight = teacher.constant(name)
-        on_device = (QParams(*(part.to(weight.device) for part in option)) for option in options)
-        deltas[name] = [fake_quantize(weight, option, plan[name].grid) - weight for option in on_device]
+        for option in candidates[name]:
+            on_device = QParams(*(part.to(weight.device) for part in option))
+            yield fake_quantize(weight, on_device, plan[name].grid) - weight
+
+    # Together they are a dozen times as large as the model: those of a large one are made anew for every batch.
+    size = sum(teacher.constant(name).numel() * len(options) for name, options in candidates.items())
+    kept = {name: list(deltas(name)) for name in candidates} if size <= KEPT else {}
     errors: dict[str, Tensor] = {}
 
     def see(value: str, x: Tensor) -> Tensor:
         for layer in by_source.get(value, ()) if x.numel() else ():
-            found = [_disturbance(layer, apply_linear(layer, x, delta)) for delta in deltas[layer.weight.name]]
+            changes = kept.get(layer.weight.name) or deltas(layer.weight.name)
+            found = [_disturbance(layer, apply_linear(layer, x, delta)) for delta in changes]
             per_channel = torch.stack(found).double().cpu()
             if plan[layer.weight.name].grid.axis is None:
                 per_channel = per_channel.sum(1, keepdim=True)

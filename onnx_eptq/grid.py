@@ -223,9 +223,7 @@ def fake_quantize(x: Tensor, qparams: QParams, grid: Grid) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or qparams.scale.requires_grad):
         out: Tensor = _FakeQuantize.apply(x, qparams.scale, qparams.zero_point, grid)  # type: ignore[no-untyped-call]
         return out
-    scale = along(qparams.scale, grid.axis, x.ndim)
-    zero_point = along(qparams.zero_point, grid.axis, x.ndim).to(x.dtype)
-    return (snap(x, qparams, grid) - zero_point) * scale
+    return _FakeQuantize.forward(x, qparams.scale, qparams.zero_point, grid)
 
 
 def fake_quantize_bias(bias: Tensor, scale: Tensor, grid: Grid) -> Tensor:

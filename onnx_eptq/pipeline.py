@@ -69,7 +69,8 @@ FIT_SAMPLES = 256  # by which weights are rounded when sensitivities are measure
 FIDELITY_SAMPLES, LEAST_FIDELITY = 256, 32  # how many are compared, and of large samples
 PARITY_SAMPLES = 8
 SMALL = 1024  # elements of a sample: of smaller ones, more are looked at where
-COLUMN_SAMPLES, FEW_COLUMN_SAMPLES = 64, 16  # the columns of inputs and outputs are compared
+COLUMN_SAMPLES, FEW_COLUMN_SAMPLES = 64, 16  # the columns of inputs and outputs are compared on so many samples
+LEAST_COLUMN_SAMPLES = 4  # of very large ones
 ALIKE = 8  # samples that are compared: if they are the same, so may be all
 UNSEEN = 0.5  # a score of 0 to 1 whose largest one is below was calibrated on samples without what it looks for
 SHAKEN = 1e-6  # what inputs are changed by, as a part of themselves, to see what last digits make of the outputs
@@ -391,10 +392,11 @@ def find_uneven(
     found: tuple[dict[str, Columns], dict[str, Columns]] = {}, {}
     outputs = [tensor for tensor in graph.outputs if not is_score(tensor)]
     names = [{tensor.name for tensor in some if np.dtype(tensor.dtype).kind == "f"} for some in (graph.inputs, outputs)]
-    small = sum(array.size for array in next(batches.samples()).values()) <= SMALL
+    size = sum(array.size for array in next(batches.samples()).values())
+    few = max(LEAST_COLUMN_SAMPLES, min(FEW_COLUMN_SAMPLES, FEW_COLUMN_SAMPLES * IMAGE_ELEMENTS // max(1, size)))
     try:
         of = verify.session(source, "basic", 1)
-        for batch in batches.subset(COLUMN_SAMPLES if small else FEW_COLUMN_SAMPLES):
+        for batch in batches.subset(COLUMN_SAMPLES if size <= SMALL else few):
             for values, kind, wanted in zip((batch, verify.run(of, batch)), found, names, strict=True):
                 for name in wanted & values.keys():
                     kind.setdefault(name, Columns()).add(values[name])
