@@ -307,6 +307,26 @@ def test_bins_of_are_the_bins_that_were_counted():
     assert histogram.bins_of(torch.tensor([-torch.inf, torch.inf])).tolist() == [0, 4095]
 
 
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("axis", [0, 1, None])
+def test_large_weights_are_searched_in_parts(monkeypatch, axis, counted):
+    """Channel by channel the best of the scales, however many rows are worked on together."""
+    g = generator(15)
+    weight, grid = torch.randn(7, 30, generator=g), Grid(3, True, axis)
+    counts = torch.rand(7, 30, generator=g) if counted else None
+    whole = calibration.weight_mse(weight, grid, importance=counts)
+    monkeypatch.setattr(calibration, "CHUNK", 64)  # two rows of 30, nine of 7
+    assert torch.equal(calibration.weight_mse(weight, grid, importance=counts).scale, whole.scale)
+    others = [i for i in range(2) if i != axis] if axis is not None else [0, 1]
+    largest, errors = weight.abs().amax(others), []
+    shares = torch.linspace(1.1, 0.2, 60)
+    for share in shares:
+        delta = fake_quantize(weight, calibration.symmetric_qparams(largest * share, grid), grid) - weight
+        errors.append((delta.square() * (1 if counts is None else counts)).sum(others))
+    best = calibration.symmetric_qparams(largest * shares[torch.stack(errors).argmin(0)], grid)
+    torch.testing.assert_close(whole.scale, best.scale)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_elements_are_counted_as_torch_does(layout):
     x = torch.randn(4, 40, 30, 31, generator=generator(13)).to(memory_format=layout)  # more than one chunk
@@ -455,6 +475,15 @@ def test_scales_by_output_error_are_no_worse_than_any_other():
             assert (ours[name] <= theirs * (1 + 1e-5)).all(), (method, name)
             better += int((ours[name] < theirs * 0.999).sum())
     assert better > 5
+
+
+def test_scales_of_large_weights_are_those_of_small_ones(monkeypatch):
+    """What is made anew for every batch, to spare memory, is the same."""
+    case = convs()
+    kept = choose_weight_scales(case.teacher, case.plan, case.layers, case.batches)
+    monkeypatch.setattr(calibration, "KEPT", 0)
+    anew = choose_weight_scales(case.teacher, case.plan, case.layers, case.batches)
+    assert all(torch.equal(kept[name].scale, anew[name].scale) for name in kept)
 
 
 def test_scales_by_output_error_are_independent_per_channel():
