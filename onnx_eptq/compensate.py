@@ -8,6 +8,7 @@ Positions that matter more to the network's outputs count more (after GuidedQuan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -176,6 +177,17 @@ def gather(
         moments.y += (target @ each).double()
         moments.count += float(each.double().sum())
     return moments
+
+
+def work(layer: Layer) -> float:
+    """Multiplications, about, that solving and rounding the layer takes once its moments are known; none if that is not done."""
+    if not can_solve(layer):
+        return 0.0
+    assert layer.axis is not None
+    groups, channels = group_count(layer), layer.weight.shape[layer.axis]
+    unknowns = math.prod(layer.weight.shape) // channels
+    rows = channels / groups
+    return float(groups * unknowns**2 * (unknowns + (len(SHARES) + 2 * SWEEPS + 1) * rows))
 
 
 def solve(rows: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:

@@ -220,10 +220,8 @@ def fake_quantize(x: Tensor, qparams: QParams, grid: Grid) -> Tensor:
     Differentiable in x (zero outside the range) and in the scale (the LSQ gradient, arXiv 1902.08153, without its
     step-size normalisation).
     """
-    if torch.is_grad_enabled() and (x.requires_grad or qparams.scale.requires_grad):
-        out: Tensor = _FakeQuantize.apply(x, qparams.scale, qparams.zero_point, grid)  # type: ignore[no-untyped-call]
-        return out
-    return _FakeQuantize.forward(x, qparams.scale, qparams.zero_point, grid)
+    out: Tensor = _FakeQuantize.apply(x, qparams.scale, qparams.zero_point, grid)  # type: ignore[no-untyped-call]
+    return out
 
 
 def fake_quantize_bias(bias: Tensor, scale: Tensor, grid: Grid) -> Tensor:

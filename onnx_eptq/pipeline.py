@@ -591,9 +591,10 @@ def estimate(job: Job) -> dict[str, float]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     model_mb = job.report.float_bytes / 2**20
     method, effort = METHODS[job.config.method], sized_effort(job)
-    learning = learning_cost(method, effort) * spent / job.batches.batch_size if method.stages else 0.0
+    learning = learning_cost(job, method, effort) * spent / job.batches.batch_size if method.stages else 0.0
     values = sum(count * size for count, size in job.counts.values()) * job.batches.num_samples
     held = 2 * min(job.config.cache_mb, values / 2**20) if method.stages else 0
+    held += min(calibrate.KEPT * 4 / 2**20, candidates * model_mb)
     some = weight_samples(job) / job.batches.batch_size
     ranges = RANGE_COST * some if job.config.calibration == "hmse" else 0.0
     return {
@@ -940,12 +941,15 @@ def effort_for(job: Job, ready: Ready) -> Effort:
     return replace(effort, samples=max(min(effort.samples, LEAST_SAMPLES), min(effort.samples, fitting)))
 
 
-def learning_cost(method: Method, effort: Effort) -> float:
+def learning_cost(job: Job, method: Method, effort: Effort) -> float:
     """What learning costs, in runs of the float model on one sample."""
     steps = sum(max(1.0, effort.steps * stage.share) for stage in method.stages)
-    return STEP_COST * steps * effort.batch + START_COST * effort.samples * effort.starts * (
-        method.start == "compensated"
-    )
+    cost = STEP_COST * steps * effort.batch
+    if method.start == "compensated":
+        algebra = sum(compensate.work(layer) for layer in job.layers if layer.weight.name in job.plan)
+        alone = 2 * algebra / max(1.0, resources.all_macs(job.graph, job.counts))  # in double precision
+        cost += effort.starts * (START_COST * effort.samples + alone)
+    return cost
 
 
 def has_fixed_batch(job: Job) -> bool:
@@ -998,7 +1002,7 @@ def learned(job: Job, ready: Ready, saved: Path | None, resume: bool, phases: Ph
         phases.note(f"an earlier run left {saved}; without --resume it is replaced")
     learner = eptq.Learner(problem, ready.student, None if saved is None else (saved, mark), state)
     each = job.pass_seconds / job.report.samples
-    seconds = learning_cost(problem.method, problem.effort) * each
+    seconds = learning_cost(job, problem.method, problem.effort) * each
     phases.note(f"learn      {learner.total} steps of {problem.effort.batch} samples, about {seconds:.0f} s")
     try:
         for _ in phases.over("learn", learner, learner.total):

@@ -48,7 +48,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "onnx",
-            "portable standard ONNX: INT4 initializer -> DequantizeLinear; ONNX Runtime's CPU provider runs it in float",
+            "plain standard ONNX: INT4 initializer -> DequantizeLinear; ONNX Runtime's CPU provider runs it in float",
             storage={2: "int4", 3: "int4", 4: "int4", 5: "int8", 6: "int8", 7: "int8", 8: "int8"},
         ),
     )

@@ -175,6 +175,20 @@ def test_moments_are_sums_over_positions(monkeypatch, every, needed, counted):
         torch.testing.assert_close(moments.y[group], target @ each, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_work_grows_with_the_cube_of_what_a_row_reads(kind):
+    """Of G groups of R rows that read K inputs each: two factors, and every share and sweep on all rows."""
+    (layer,) = models.quantize(KINDS[kind]).layers
+    groups, rows, unknowns = as_rows(layer, torch.from_numpy(np.array(layer.weight.values))).shape
+    passes = len(comp.SHARES) + 2 * comp.SWEEPS + 1
+    assert comp.work(layer) == groups * (unknowns**3 + passes * unknowns**2 * rows)
+
+
+@pytest.mark.parametrize("kind", NO_MATRIX)
+def test_layers_that_are_not_solved_take_no_work(kind):
+    assert all(comp.work(layer) == 0 for layer in models.quantize(NO_MATRIX[kind]).layers)
+
+
 @pytest.mark.parametrize("parts", [8, 27])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_convolutions_of_any_dimensions_are_thinned(monkeypatch, dims, parts):
