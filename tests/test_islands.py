@@ -78,9 +78,12 @@ def loop() -> onnx.ModelProto:
 
 
 def sequence() -> onnx.ModelProto:
+    """A list of tensors of which a computed one is taken."""
     return parse(
-        "(float[N,6] x) => (float[N,8] y) { a = MatMul(x, w0) s = SequenceConstruct(a, a) y = ConcatFromSequence <axis=0> (s) }",
+        """(float[N,6] x) => (float[N,8] y) { a = MatMul(x, w0) b = Neg(a) s = SequenceConstruct(a, b)
+          m = ReduceMax <keepdims=0> (a) g = Greater(m, zero) i = Cast <to=7> (g) y = SequenceAt(s, i) }""",
         w0=W(6, 8, fan=6),
+        zero=np.float32(0),
     )
 
 
