@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from onnx_eptq.errors import DataError
-from onnx_eptq.grid import MIN_SCALE, Grid, QParams, affine_qparams, fake_quantize, flat, symmetric_qparams
+from onnx_eptq.grid import (
+    MIN_SCALE,
+    Grid,
+    QParams,
+    affine_qparams,
+    fake_quantize,
+    flat,
+    rounding_errors,
+    symmetric_qparams,
+)
 from onnx_eptq.mirror import Mirror, Probe
 from onnx_eptq.ops import op_of
 from onnx_eptq.plan import Layer, Limits, Plan, QuantPoint, is_constant, role_of
@@ -363,10 +372,9 @@ def weight_mse(weight: Tensor, grid: Grid, points: int = 60, importance: Tensor 
     best, chosen = torch.full_like(limits[0], float("inf")), limits[0].clone()
     step = max(1, CHUNK // max(1, rows.shape[1]))
     for some in (slice(start, start + step) for start in range(0, len(rows), step)):
-        exact, error = rows[some], torch.empty_like(rows[some])
+        error = torch.empty_like(rows[some])
         for limit, scale in zip(limits[1:], scales, strict=True):
-            torch.div(exact, scale[some], out=error).round_().clamp_(grid.qmin, grid.qmax).mul_(scale[some])
-            error.sub_(exact).square_()
+            rounding_errors(rows[some], scale[some], grid, error)
             total = (error if counts is None else error * counts[some]).sum(1)
             better = total < best[some]
             best[some] = torch.where(better, total, best[some])

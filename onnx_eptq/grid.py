@@ -112,6 +112,11 @@ def round_half_even(x: Tensor) -> Tensor:
     return rounded
 
 
+def _round_in_place(x: Tensor) -> Tensor:
+    """The same of a tensor that needs no gradient."""
+    return x.round_()
+
+
 def along(parameter: Tensor, axis: int | None, ndim: int) -> Tensor:
     """Reshape a per-axis parameter of shape [channels] so that it broadcasts against a tensor of `ndim` dimensions."""
     if axis is None or parameter.ndim == 0:
@@ -149,7 +154,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
         s, z = _factors(x, scale, zero_point, grid)
-        out = (x / s).round_()
+        out = _round_in_place(x / s)
         if isinstance(z, Tensor) or z:
             return out.add_(z).clamp_(grid.qmin, grid.qmax).sub_(z).mul_(s)
         return out.clamp_(grid.qmin, grid.qmax).mul_(s)
@@ -222,6 +227,12 @@ def fake_quantize(x: Tensor, qparams: QParams, grid: Grid) -> Tensor:
     """
     out: Tensor = _FakeQuantize.apply(x, qparams.scale, qparams.zero_point, grid)  # type: ignore[no-untyped-call]
     return out
+
+
+def rounding_errors(x: Tensor, scale: Tensor, grid: Grid, out: Tensor) -> Tensor:
+    """Squared errors of x on a symmetric grid, whose scale broadcasts against it; written into `out`, which is returned."""
+    torch.div(x, scale, out=out)
+    return _round_in_place(out).clamp_(grid.qmin, grid.qmax).mul_(scale).sub_(x).square_()
 
 
 def fake_quantize_bias(bias: Tensor, scale: Tensor, grid: Grid) -> Tensor:

@@ -19,6 +19,8 @@ from onnx_eptq.prepare.opset import lower_opset
 
 Storage = Callable[["Writer", str, np.ndarray, Grid], gs.Tensor]
 STORAGE: dict[str, Storage] = {}
+# What `onnxruntime.quantization.qdq_loss_debug` knows values by in front of their quantizers, and inputs behind them.
+BEFORE, BEHIND = "_QuantizeLinear_Input", "_DequantizeLinear_Output"
 NAME_LENGTH = 56  # every value gives its name to a dozen others, which in a small model outweigh its weights
 SHIELDED = ("Conv", "ConvTranspose", "Gemm")  # where ONNX Runtime rounds float weights: `float_channels`
 SUB_BYTE = {DTYPES["int4"].onnx, DTYPES["uint4"].onnx}
@@ -128,7 +130,7 @@ class Writer:
         readers = list(value.outputs)
         restored: gs.Variable
         if value.inputs:  # the name stays with the dequantized value, so that graph outputs keep theirs
-            source = gs.Variable(self.name(f"{value.name}_unquantized"), dtype=value.dtype, shape=value.shape)
+            source = gs.Variable(self.name(f"{value.name}{BEFORE}"), dtype=value.dtype, shape=value.shape)
             producer = value.inputs[0]
             producer.outputs[[output is value for output in producer.outputs].index(True)] = source
             restored = value
@@ -137,7 +139,7 @@ class Writer:
         else:
             source, restored = (
                 value,
-                gs.Variable(self.name(f"{value.name}_dequantized"), dtype=value.dtype, shape=value.shape),
+                gs.Variable(self.name(f"{value.name}{BEHIND}"), dtype=value.dtype, shape=value.shape),
             )
             for reader in readers:
                 _replace_input(reader, value, restored)

@@ -138,7 +138,8 @@ def test_planted_fault_rounding_half_away_from_zero(monkeypatch):
     ratio = batch["image"] / scale.numpy()
     assert (ratio % 1 == 0.5).mean() > 0.3
     check(found, [batch])
-    monkeypatch.setattr(grids, "round_half_even", half_away)
+    for name in ("round_half_even", "_round_in_place"):
+        monkeypatch.setattr(grids, name, half_away)
     assert "value 'image'" in planted(lambda: check(found, [batch]))
 
 
@@ -302,10 +303,10 @@ def test_planted_fault_missing_quantizer(name, value):
 
 def test_planted_fault_missing_quantizer_on_the_input():
     found = case("gemm")
-    restored = next(n for n in found.written.graph.node if n.output[0] == "x_dequantized")
+    restored = next(n for n in found.written.graph.node if n.output[0] == "x_DequantizeLinear_Output")
     first = producer(found.written, restored.input[0])
     for node in found.written.graph.node:
-        node.input[:] = ["x" if name == "x_dequantized" else name for name in node.input]
+        node.input[:] = ["x" if name == "x_DequantizeLinear_Output" else name for name in node.input]
     for node in (first, restored):
         found.written.graph.node.remove(node)
     assert "node 'x', value 'x'" in planted(lambda: check(found))

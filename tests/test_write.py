@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, qdq_loss_debug
 
 import models
 from models import MODELS, cached, feeds, initializer, parse, prepared, producer, quantize, run_ort, weights
@@ -21,7 +22,7 @@ from onnx_eptq.plan import Rules
 from onnx_eptq.prepare.opset import lower_opset
 from onnx_eptq.targets import TARGETS
 from onnx_eptq.verify import check_parity
-from onnx_eptq.write import STORAGE, footprint, write
+from onnx_eptq.write import BEFORE, BEHIND, STORAGE, footprint, write
 
 LEVELS = ["DISABLE_ALL", "ENABLE_BASIC", "ENABLE_EXTENDED", "ENABLE_ALL"]
 WIDTHS = {"int8": range(2, 9), "int4": (2, 3, 4), "cast": (2, 3, 4), "lut": (2, 3, 4)}
@@ -40,7 +41,7 @@ def rewritten(case, form="int8", **options):
 
 def dequantizer(proto, value):
     """The DequantizeLinear node of a planned value."""
-    names = (value, f"{value}_dequantized")
+    names = (value, f"{value}_dequantized", f"{value}{BEHIND}")
     return next(node for node in proto.graph.node if node.output[0] in names and node.op_type == "DequantizeLinear")
 
 
@@ -61,6 +62,16 @@ def kernels(proto: onnx.ModelProto, folder: Path) -> Counter[str]:
     options.log_severity_level = 4
     ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+class Feeds(CalibrationDataReader):
+    """Batches one by one."""
+
+    def __init__(self, batches):
+        self.left = list(batches)
+
+    def get_next(self):
+        return self.left.pop(0) if self.left else None
 
 
 def one_layer(shape):
@@ -360,6 +371,24 @@ def test_onnx_runtimes_own_format_takes_the_files(tmp_path):
     assert {path.name for path in tmp_path.glob("*.ort")} == {"model.ort", "model.with_runtime_opt.ort"}
 
 
+@pytest.mark.parametrize("name", ["residual", "attention", "gemm"])
+def test_onnx_runtimes_debugger_finds_the_activations(tmp_path, name):
+    """By name, in the file and in the float model that was prepared for it."""
+    found, paths = cached(name, 8), [str(tmp_path / part) for part in ("float.onnx", "qdq.onnx")]
+    values = []
+    for path, proto in zip(paths, (og.to_model(found.graph), found.written), strict=True):
+        onnx.save(proto, path)
+        qdq_loss_debug.modify_model_output_intermediate_tensors(path, path)
+        reader = Feeds(found.batches)
+        values.append(qdq_loss_debug.collect_activations(path, reader))
+    matched = qdq_loss_debug.create_activation_matching(values[1], values[0])
+    planned = {point.value for point in found.plan.values() if point.role == "activation"}
+    assert planned <= set(matched)
+    for value in planned - set(found.batches[0]):
+        exact, restored = (matched[value][key][0] for key in ("float", "post_qdq"))
+        assert qdq_loss_debug.compute_signal_to_quantization_noice_ratio(exact, restored) > 15
+
+
 @pytest.mark.parametrize(("factor", "opened"), [(1, True), (1.7, False)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_clip_in_front_of_a_narrower_grid_is_opened(tmp_path, bits, factor, opened):
@@ -407,7 +436,7 @@ def test_narrow_activations_are_limited_by_an_integer_clip(bits):
     (codes,) = codes.values()
     assert codes.dtype == np.uint8
     assert codes.max() <= qmax
-    unlimited = run_ort(case.written, case.batches[0], [f"{value}_unquantized"])[f"{value}_unquantized"]
+    unlimited = run_ort(case.written, case.batches[0], [f"{value}{BEFORE}"])[f"{value}{BEFORE}"]
     scale, zero_point = (tensor.numpy() for tensor in case.quantized[value].qparams)
     np.testing.assert_array_equal(codes, np.clip(np.round(unlimited / scale) + zero_point, 0, qmax))
 
