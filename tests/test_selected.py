@@ -125,3 +125,14 @@ def test_from_end_to_end_with_few_elements_or_none(threshold, options):
     result = onnx_eptq.quantize(model("compressed", threshold), images(), threads=1, **options)
     assert min(result.report.fidelity.sqnr_db.values()) > 12
     assert result.report.coverage.complete
+
+
+def test_models_that_take_one_sample_at_a_time_learn_behind_a_selection():
+    """Its places have no axis of samples, so that they could not be told apart if several went through at once."""
+    text = """(float[1,8,6] x) => (float[1,3,5] y) { k = MatMul(x, w) s = MatMul(k, ws) q = Squeeze(s, both) v, i = TopK(q, three)
+      z = Gather <axis=1> (k, i) r = Relu(z) y = MatMul(r, w2) }"""
+    proto = parse(text, w=W(6, 6), ws=W(6, 1), both=i64(0, 2), three=i64(3), w2=W(6, 5))
+    data = np.random.default_rng(3).standard_normal((40, 8, 6)).astype(np.float32)
+    result = onnx_eptq.quantize(proto, data, weight_bits=3, steps=20, threads=1)
+    distances = result.report.learning.distances
+    assert min(distances.values()) < 0.9 * distances["rtn"]
