@@ -140,7 +140,9 @@ def set_constant(graph: gs.Graph, node: gs.Node, index: int, values: Array) -> N
         return
     while len(node.inputs) <= index:
         node.inputs.append(gs.Variable.empty())
-    node.inputs[index] = new_constant(graph, f"{node.name}/input{index}", values)
+    weight = node.inputs[1] if index == 2 else None  # by which a bias is known, in few bytes
+    base = f"{weight.name}_bias" if isinstance(weight, gs.Constant) else f"{node.name}/input{index}"
+    node.inputs[index] = new_constant(graph, base, values)
 
 
 def constant_operand(node: gs.Node) -> tuple[gs.Tensor, Array, int] | None:
