@@ -164,8 +164,13 @@ class Judge:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """What several runs gave, one after another; a single number each time becomes a row of them."""
-    return torch.cat([x if x.ndim else x[None] for x in parts])
+    """What several runs gave, one after another; a single number each time becomes a row of them.
+
+    Selected elements, of which there are not always as many, are joined along the axis that they lie on.
+    """
+    rows = [x if x.ndim else x[None] for x in parts]
+    uneven = [axis for axis in range(1, rows[0].ndim) if len({x.shape[axis] for x in rows}) > 1]
+    return torch.cat(rows, uneven[0] if uneven else 0)
 
 
 def _by_sample(x: Tensor, samples: int) -> Tensor:
@@ -316,7 +321,7 @@ def _units(problem: Problem, piece: Piece) -> dict[str, Tensor]:
     chunks = torch.split(torch.arange(min(problem.effort.batch, len(problem.samples[0]))), problem.together)
     found = [run(*[x[chunk] for x in problem.samples]) for chunk in chunks]
     return {
-        layer.output.name: _unit(layer, torch.cat(values))
+        layer.output.name: _unit(layer, _joined(values))
         for layer, values in zip(piece.layers, zip(*found, strict=True), strict=True)
     }
 
@@ -794,8 +799,7 @@ class Learner:
                 self.piece = index
                 yield from self._learn(stage, piece, first, ours, theirs, done)
             if index + 1 < len(self.pieces[self.stage]):
-                ours = self._advance(self.student, piece, first, ours)
-                theirs = self._advance(problem.teacher, piece, first, theirs)
+                ours, theirs = self._advance(piece, first, ours, theirs)
             done |= self._values(piece, first)
         self._keep(stage_name(self.stage, stage))
         if stage.scope == "network":  # the next stage goes on from the best student so far
@@ -810,12 +814,27 @@ class Learner:
         return {value for value, name in self.student.quantizers.items() if name in used}
 
     @torch.no_grad()
-    def _advance(self, mirror: Mirror, piece: Piece, first: bool, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        finals = pieces.final_nodes(mirror)
-        run = pieces.function(
-            mirror, pieces.input_nodes(mirror, piece.inputs, first), [finals[name] for name in piece.outputs]
-        )
-        return pieces.advance(run, piece, kept, self.problem.together)
+    def _advance(
+        self, piece: Piece, first: bool, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What crosses the piece's end in both networks; the student selects what the teacher does."""
+        mirrors, batch = (self.student, self.problem.teacher), self.problem.together
+        places = [pieces.input_nodes(mirror, piece.inputs, first) for mirror in mirrors]
+        ends = [[pieces.final_nodes(mirror)[name] for name in piece.outputs] for mirror in mirrors]
+        names = pieces.between(self.problem.teacher, places[1], ends[1], decisions(self.problem.graph))
+        given, deciding = ([pieces.raw_nodes(mirror)[name] for name in names] for mirror in mirrors)
+        student = pieces.function(self.student, [*places[0], *given], ends[0])
+        teacher = pieces.function(self.problem.teacher, places[1], [*ends[1], *deciding])
+        decided: list[Sequence[Tensor]] = []
+
+        def decide(*inputs: Tensor) -> tuple[Tensor, ...]:
+            found = teacher(*inputs)
+            decided.append(found[len(ends[1]) :])
+            return found[: len(ends[1])]
+
+        exact = pieces.advance(decide, piece, theirs, batch)
+        batches = iter(decided)
+        return pieces.advance(lambda *inputs: student(*inputs, *next(batches)), piece, ours, batch), exact
 
     def _learn(
         self,

@@ -316,8 +316,8 @@ def same_on_batches(fixed: Mirror, free: Mirror, batches: Sequence[Sequence[Tens
     except (RuntimeError, IndexError, ValueError, ModelError):  # the last one comes of an island
         return False
     each = list(zip(*(fixed(*batch) for batch in batches), strict=True))
-    if any(part.ndim == 0 for parts in each for part in parts):  # one number, whatever the batch
-        return False
+    if any(part.ndim == 0 or part.shape[1:] != parts[0].shape[1:] for parts in each for part in parts):
+        return False  # one number, whatever the batch, or what is selected of each sample
     expected = [torch.cat(parts) for parts in each]
     return all(same_values(a, b) for a, b in zip(found, expected, strict=True))
 

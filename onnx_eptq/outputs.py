@@ -95,18 +95,18 @@ def selections(graph: gs.Graph) -> dict[str, list[str]]:
 
 
 def decisions(graph: gs.Graph) -> list[str]:
-    """Integers and truth values that say what an operator selects (TopK, NonZero), where layers have a say in them.
+    """Integers and truth values that say what an operator selects (TopK, NonZero), where what is rounded has a say in them.
 
     Two networks that are fed each other's select the same elements, in the same order and number, and can be compared behind.
     """
-    learned: set[str] = set()  # what depends on layers
+    rounded = {tensor.name for tensor in graph.inputs if is_float(tensor)}  # and what depends on that, or on layers
     found: dict[str, None] = {}
     for node in graph.nodes:
         read = variables_read(node)
-        if role_of(node) == "linear" or any(tensor.name in learned for tensor in read):
-            learned |= {tensor.name for tensor in node.outputs}
+        if role_of(node) == "linear" or any(tensor.name in rounded for tensor in read):
+            rounded |= {tensor.name for tensor in node.outputs}
             if op_of(node).selects:
-                chosen = [*node.outputs, *(tensor for tensor in read if tensor.name in learned)]
+                chosen = [*node.outputs, *(tensor for tensor in read if tensor.name in rounded)]
                 found |= {tensor.name: None for tensor in chosen if not tensor.is_empty() and not is_float(tensor)}
     return list(found)
 

@@ -53,14 +53,18 @@ class Writer:
             for node in graph.nodes
             if graphs.is_op(node, "Clip") and node.inputs[2:]
         }
-        self.bounds = {name for name, tensor in read.items() if all(map(self._is_planned_clip, tensor.outputs))}
+        self.bounds = {
+            name for name, tensor in read.items() if all(self._bounds(tensor, node) for node in tensor.outputs)
+        }
         self.owners: dict[str, str] = {}  # of nodes and initializers: the value, or the key of what is shared
         # Numbers for short names: a value's is the same whatever the widths, as names are bytes that budgets count.
         self.numbers = {value: number for number, value in enumerate(plan)}
         self.value = ""  # whose quantizer is being written
 
-    def _is_planned_clip(self, node: gs.Node) -> bool:
-        return graphs.is_op(node, "Clip") and node.outputs[0].name in self.plan
+    def _bounds(self, tensor: gs.Tensor, node: gs.Node) -> bool:
+        """Whether the tensor is nothing to the node but the upper bound of a planned Clip."""
+        planned = graphs.is_op(node, "Clip") and node.outputs[0].name in self.plan
+        return planned and [index for index, read in enumerate(node.inputs) if read is tensor] == [2]
 
     def name(self, wanted: str) -> str:
         """A name nothing else has; long ones, which exporters make of whole paths, keep their end only."""

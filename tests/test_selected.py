@@ -56,11 +56,52 @@ def test_what_layers_have_a_say_in_is_a_decision(name):
     assert learning_targets(found.graph) == ["y", "q"]  # what is selected by counts, too
 
 
-def test_what_inputs_alone_decide_is_none():
+def test_what_inputs_alone_decide_is_one_if_they_are_rounded():
     text = """(float[N,6] x) => (float[M,5] y) { h = ReduceMax <keepdims=0> (x, one) b = Greater(h, half)
       z = Compress <axis=0> (x, b) a = MatMul(z, w1) y = MatMul(a, w2) }"""
-    found = models.prepared(parse(text, half=f32(0.5).reshape(()), one=i64(1), w1=W(6, 8), w2=W(8, 5)))
-    assert decisions(found) == []
+    proto = parse(text, half=f32(0.5).reshape(()), one=i64(1), w1=W(6, 8), w2=W(8, 5))
+    assert decisions(models.prepared(proto)) == ["b"]
+    data = np.random.default_rng(5).standard_normal((512, 6)).astype(np.float32)
+    report = onnx_eptq.quantize(proto, data, act_bits=4, effort="fast", threads=1).report
+    assert np.isfinite(list(report.learning.distances.values())).all()
+
+
+def test_what_a_mask_of_tokens_decides_is_none():
+    text = """(int64[N] ids) => (float[M,5] y) { e = Gather(table, ids) b = Cast <to=9> (ids) z = Compress <axis=0> (e, b)
+      y = MatMul(z, w) }"""
+    assert decisions(models.prepared(parse(text, table=W(9, 6), w=W(6, 5)))) == []
+
+
+@pytest.mark.parametrize("method", ["rtn", "eptq", "brecq"])
+@pytest.mark.parametrize("batch", ["1", "N"])
+def test_selected_elements_may_lie_on_the_second_axis(batch, method):
+    text = f"""(float[{batch},3,8,8] x) => (float[B,M,5] y) {{ {BODY} g = Greater(q, half) n = NonZero(g)
+      p = Transpose <perm=[1,0]> (n) z0 = GatherND(k, p) z = Unsqueeze(z0, zero) {HEAD}"""
+    used = {key: array for key, array in CONSTANTS.items() if key in text}
+    options = {} if method == "rtn" else {"steps": 6}
+    result = onnx_eptq.quantize(parse(text, zero=i64(0), **used), images(), method=method, threads=1, **options)
+    assert result.report.coverage.complete
+    assert min(result.report.fidelity.sqnr_db.values()) > 12
+
+
+def test_pieces_are_entered_with_what_the_teacher_selects():
+    """Layer by layer, what crosses a cut behind the selection belongs to the same elements in both networks."""
+    found = models.quantize(model("picked"), Rules(8, 8))
+    problem = models.problem(found, "adaround", steps=1, count=16)
+    learner = Learner(problem, copy.deepcopy(found.student))
+    with torch.no_grad():
+        learner.student.constant("ws").mul_(-1)  # the student alone would pick the worst
+    (piece,) = (p for p in learner.pieces[0] if any(layer.weight.name == "w1" for layer in p.layers))
+    places = {"x": problem.samples[0]}
+    ours = theirs = places
+    for index, part in enumerate(learner.pieces[0]):
+        ours, theirs = learner._advance(part, index == 0, ours, theirs)
+        if part is piece:
+            break
+    (name,) = piece.outputs
+    assert ours[name].shape == theirs[name].shape
+    error = (ours[name] - theirs[name]).square().mean() / theirs[name].square().mean()
+    assert float(error) < 0.01
 
 
 @pytest.mark.parametrize("name", MODELS)
