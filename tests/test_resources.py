@@ -5,6 +5,7 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import models
@@ -36,6 +37,37 @@ def some(groups, seed):
 def at(groups, weights, activations):
     wanted = {"weight": weights, "activation": activations}
     return {g.name: wanted[g.role] if wanted[g.role] in g.widths else g.widest for g in groups}
+
+
+BOUNDS = {  # which constants bound three Clips
+    "one for all": ("zero six", "zero six", "zero six"),
+    "each its own": ("zero one", "zero six", "zero ten"),
+    "one ends where the next begins": ("zero one", "one six", "zero six"),
+    "one is an operand, too": ("zero six", "zero ten", "zero one"),
+}
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+def test_bounds_that_narrower_grids_do_without_are_counted(bounds):
+    first, second, third = (", ".join(pair.split()) for pair in BOUNDS[bounds])
+    text = f"""(float[N,4] x) => (float[N,3] y) {{ a = MatMul(x, w1) b = Clip(a, {first}) c = MatMul(b, w2) d = Clip(c, {second})
+      e = MatMul(d, w3) f = Clip(e, {third}) {"g = Mul(f, ten)" if "operand" in bounds else "g = Neg(f)"} y = MatMul(g, w4) }}"""
+    draw = models.weights(60)
+    numbers = {
+        name: np.float32(value) for name, value in {"zero": 0, "one": 1, "six": 6, "ten": 10}.items() if name in text
+    }
+    case = models.quantize(
+        models.parse(text, w1=draw(4, 5), w2=draw(5, 5), w3=draw(5, 5), w4=draw(5, 3), **numbers), Rules(8, 8)
+    )
+    plan, groups = candidates(case.graph, ORT_TARGET, Rules(), Asked((8,), (4, 8)))
+    found = resources.sizes(case.graph, plan, groups, ORT_TARGET.storage)
+    for seed in range(8):
+        choice = some(groups, seed)
+        chosen = with_widths(plan, choice)
+        student = build(case.graph, chosen, calibrate(chosen, case.stats, case.teacher))
+        fit_biases(student, chosen)
+        written = write(case.graph, chosen, student.export(chosen), ORT_TARGET.storage).SerializeToString()
+        assert found.file.use(choice) == found.file.amounts[0].of(choice) == len(written)
 
 
 @pytest.mark.parametrize("form", ["target", "int4", "int8"])

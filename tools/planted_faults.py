@@ -676,6 +676,20 @@ FAULTS = (
         ("selected",),
     ),
     Fault(
+        "what crosses a piece is what the student selects",
+        "eptq.py",
+        "lambda *inputs: student(*inputs, *next(batches)), piece, ours, batch)",
+        "pieces.function(self.student, places[0], ends[0]), piece, ours, batch)",
+        ("selected",),
+    ),
+    Fault(
+        "a bound of Clips that others read, too, is counted as theirs",
+        "write.py",
+        "return planned and [index for index, read in enumerate(node.inputs) if read is tensor] == [2]",
+        "return True",
+        ("resources",),
+    ),
+    Fault(
         "thinned convolutions are read twice as densely",
         "compensate.py",
         "root = (positions // wanted) ** (1 / dims)",
