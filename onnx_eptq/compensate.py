@@ -179,15 +179,27 @@ def gather(
     return moments
 
 
+def _sizes(layer: Layer) -> tuple[int, int, int]:
+    """Groups, rows and unknowns of a layer that can be solved."""
+    assert layer.axis is not None
+    groups, channels = group_count(layer), int(layer.weight.shape[layer.axis])
+    return groups, channels // groups, math.prod(layer.weight.shape) // channels
+
+
 def work(layer: Layer) -> float:
     """Multiplications, about, that solving and rounding the layer takes once its moments are known; none if that is not done."""
     if not can_solve(layer):
         return 0.0
-    assert layer.axis is not None
-    groups, channels = group_count(layer), layer.weight.shape[layer.axis]
-    unknowns = math.prod(layer.weight.shape) // channels
-    rows = channels / groups
+    groups, rows, unknowns = _sizes(layer)
     return float(groups * unknowns**2 * (unknowns + (len(SHARES) + 2 * SWEEPS + 1) * rows))
+
+
+def room(layer: Layer) -> int:
+    """Bytes, about, that this takes: the moments and what they are factored into, and all shares of the rows three times."""
+    if not can_solve(layer):
+        return 0
+    groups, rows, unknowns = _sizes(layer)
+    return 8 * groups * unknowns * (6 * unknowns + 3 * len(SHARES) * rows)
 
 
 def solve(rows: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:

@@ -595,6 +595,8 @@ def estimate(job: Job) -> dict[str, float]:
     values = sum(count * size for count, size in job.counts.values()) * job.batches.num_samples
     held = 2 * min(job.config.cache_mb, values / 2**20) if method.stages else 0
     held += min(calibrate.KEPT * 4 / 2**20, candidates * model_mb)
+    if method.start == "compensated":
+        held += max((compensate.room(layer) for layer in job.layers), default=0) / 2**20
     some = weight_samples(job) / job.batches.batch_size
     ranges = RANGE_COST * some if job.config.calibration == "hmse" else 0.0
     return {
