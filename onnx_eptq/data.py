@@ -35,6 +35,7 @@ Feed = dict[str, Array]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 CHANNEL_AXIS = {"nchw": 1, "nhwc": 3}
+LEAST_SIDE = 16  # of an image that comes without an axis of samples
 FAR, FEW = 20.0, 0.1  # times the median by which a sample stands out, and the share of samples that can
 ACCEPTED = "a folder of images, of .npy or .npz files or of ONNX test_data_set_* folders, an .npy file or an .npz file"
 
@@ -557,8 +558,13 @@ def _dropped(dropped: int, total: int, batch_size: int) -> None:
 
 
 def no_batch_axis(shapes: Iterable[Sequence[Any]]) -> bool:
-    """Whether inputs of these shapes have no first axis in common, which could count samples."""
+    """Whether inputs of these shapes have no first axis in common, which could count samples.
+
+    The first of [3, height, width] counts the colours of the one image that detectors often take.
+    """
     known = [tuple(shape) for shape in shapes]
+    if len(known) == 1 and len(known[0]) == 3 and known[0][0] == 3:
+        return not any(isinstance(size, int) and size < LEAST_SIDE for size in known[0][1:])
     return not all(known) or len({shape[0] if isinstance(shape[0], int) else None for shape in known}) > 1
 
 

@@ -124,8 +124,11 @@ def session(
             "session.optimized_model_external_initializers_file_name", f"{save_to.name}.data"
         )
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else fspath(model)
+    # Where a Loop has such operators, too, ONNX Runtime gives one name to several of the values that it makes, and what it
+    # saves cannot be loaded again.
+    disabled = ["GatherSliceToSplitFusion"] if save_to else []
     try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         reason = _reason(error)
         raise VerificationError(f"ONNX Runtime {RUNTIME} cannot load the model at level '{level}': {reason}") from error

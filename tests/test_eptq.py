@@ -713,7 +713,7 @@ BETWEEN = {  # method, where it is interrupted, at which calls
     ("eptq", "Learner._check"): (1, 2, 4),
     ("eptq", "bake"): (1, 2),
     ("eptq", "_Piece.__init__"): (1, 2),
-    ("blocks", "Learner._advance"): (1, 2),
+    ("blocks", "Learner._advance"): (1,),
     ("blocks", "Learner._keep"): (1, 2),
     ("blocks", "bake"): (1, 2),
     ("blocks", "_Piece.__init__"): (1, 2),

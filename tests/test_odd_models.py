@@ -358,6 +358,24 @@ def test_models_without_a_batch_axis(name: str, options: dict[str, Any]) -> None
     assert {"w", "v"} <= set(result.plan)
 
 
+@pytest.mark.parametrize("given", ["list", "array"])
+@pytest.mark.parametrize("size", ["16,16", "H,V"])
+def test_the_colours_of_one_image_are_no_samples(size: str, given: str) -> None:
+    """Detectors take [3, height, width]: photos must not be taken apart."""
+    model = parse(
+        f"""(float[3,{size}] image) => (float[M,5] y) {{ b = Unsqueeze(image, zero) c = Conv <pads=[1,1,1,1]> (b, w) r = Relu(c)
+          g = GlobalAveragePool(r) f = Flatten(g) y = Gemm(f, v) }}""",
+        zero=i64(0), w=W(6, 3, 3, 3), v=W(6, 5),
+    )  # fmt: skip
+    images = np.random.default_rng(0).normal(size=(40, 3, 16, 16)).astype(np.float32)
+    result = onnx_eptq.quantize(model, list(images) if given == "list" else images, steps=4, threads=1)
+    assert result.report.samples == 40
+    assert result.report.fidelity is not None
+    assert result.report.fidelity.samples == 40
+    assert result.report.fidelity.sqnr_db["y"] > 15
+    assert result.report.coverage.complete
+
+
 NO_BATCH = {  # axis 0 is open, but holds no samples
     "steps of time": (
         """(float[T,1,4] x) => (float[T,1,3] y) {
