@@ -43,7 +43,7 @@ from onnx_eptq.equalize import equalize, find_places
 from onnx_eptq.errors import CoverageError, DataError, ModelError, UsageError, VerificationError
 from onnx_eptq.methods import EFFORTS, METHODS, Effort, Method
 from onnx_eptq.mixed import Mixed
-from onnx_eptq.outputs import class_axes, decisions, judged_targets, scores, selections
+from onnx_eptq.outputs import class_axes, decisions, judged_targets, learning_targets, scores, selections
 from onnx_eptq.plan import (
     Layer,
     Plan,
@@ -961,11 +961,14 @@ def has_fixed_batch(job: Job) -> bool:
 
 def can_map(job: Job, ready: Ready, samples: Sequence[torch.Tensor]) -> bool:
     """Whether learning may take several samples at once although the model takes one at a time."""
-    if (
-        job.batches.batch_size != 1 or job.config.compile or decisions(ready.graph)
-    ):  # which may not come sample by sample
+    teacher, graph = ready.teacher, ready.graph
+    if job.batches.batch_size != 1 or job.config.compile:
         return False
-    return all(pieces.can_map(mirror, samples) for mirror in (ready.teacher, ready.student))
+    raw = pieces.raw_nodes(teacher)
+    learned = [raw[name] for name in {*learning_targets(graph), *judged_targets(graph)}]
+    if pieces.between(teacher, pieces.placeholders(teacher), learned, decisions(graph)):
+        return False  # they may not come sample by sample
+    return all(pieces.can_map(mirror, samples) for mirror in (teacher, ready.student))
 
 
 def learning_problem(job: Job, ready: Ready, method: Method | None = None) -> eptq.Problem:

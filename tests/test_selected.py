@@ -10,12 +10,13 @@ import torch
 import models
 import onnx_eptq
 from models import f32, i64, parse, weights
-from onnx_eptq import pieces
+from onnx_eptq import pieces, pipeline
 from onnx_eptq.compensate import compensate
 from onnx_eptq.eptq import Judge, Learner
 from onnx_eptq.methods import METHODS
 from onnx_eptq.outputs import decisions, learning_targets
 from onnx_eptq.plan import Rules
+from onnx_eptq.report import Phases
 
 W = weights(40)
 BODY = """c = Conv <pads=[1,1,1,1]> (x, w0) f = Relu(c) t = Reshape(f, flat) k = Transpose <perm=[0,2,1]> (t)
@@ -168,12 +169,23 @@ def test_from_end_to_end_with_few_elements_or_none(threshold, options):
     assert result.report.coverage.complete
 
 
-def test_models_that_take_one_sample_at_a_time_learn_behind_a_selection():
+ONE = "k = MatMul(x, w) s = MatMul(k, ws) q = Squeeze(s, both) v, i = TopK(q, three)"
+ENDS = {  # whether what is learned lies behind the selection
+    "z = Gather <axis=1> (k, i) r = Relu(z) y = MatMul(r, w2)": True,
+    "r = Relu(k) h = MatMul(r, w2) y = Gather <axis=1> (h, i)": False,
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_models_that_take_one_sample_at_a_time_learn_behind_a_selection(end):
     """Its places have no axis of samples, so that they could not be told apart if several went through at once."""
-    text = """(float[1,8,6] x) => (float[1,3,5] y) { k = MatMul(x, w) s = MatMul(k, ws) q = Squeeze(s, both) v, i = TopK(q, three)
-      z = Gather <axis=1> (k, i) r = Relu(z) y = MatMul(r, w2) }"""
-    proto = parse(text, w=W(6, 6), ws=W(6, 1), both=i64(0, 2), three=i64(3), w2=W(6, 5))
+    constants = {"w": W(6, 6), "ws": W(6, 1), "both": i64(0, 2), "three": i64(3), "w2": W(6, 5)}
+    proto = parse(f"(float[1,8,6] x) => (float[1,3,5] y) {{ {ONE} {end} }}", **constants)
     data = np.random.default_rng(3).standard_normal((40, 8, 6)).astype(np.float32)
+    job = pipeline.begin(proto, data, weight_bits=3, threads=1)
+    problem = pipeline.learning_problem(job, pipeline.calibrated(job, Phases()))
+    assert problem.chunk == 1
+    assert problem.mapped != ENDS[end]
     result = onnx_eptq.quantize(proto, data, weight_bits=3, steps=20, threads=1)
     distances = result.report.learning.distances
     assert min(distances.values()) < 0.9 * distances["rtn"]
