@@ -367,13 +367,14 @@ def weight_mse(weight: Tensor, grid: Grid, points: int = 60, importance: Tensor 
     """
     rows = _rows(weight, grid).contiguous()
     counts = None if importance is None else _rows(importance, grid)
-    limits = [rows.abs().amax(1) * share for share in (1.0, *torch.linspace(1.1, 0.2, points).tolist())]
-    scales = [symmetric_qparams(limit, Grid(grid.bits, grid.signed, 0)).scale[:, None] for limit in limits[1:]]
-    best, chosen = torch.full_like(limits[0], float("inf")), limits[0].clone()
+    largest = rows.abs().amax(1)
+    limits = [largest * share for share in torch.linspace(1.1, 0.2, points).tolist()]
+    scales = [symmetric_qparams(limit, Grid(grid.bits, grid.signed, 0)).scale[:, None] for limit in limits]
+    best, chosen = torch.full_like(largest, float("inf")), largest.clone()
     step = max(1, CHUNK // max(1, rows.shape[1]))
     for some in (slice(start, start + step) for start in range(0, len(rows), step)):
         error = torch.empty_like(rows[some])
-        for limit, scale in zip(limits[1:], scales, strict=True):
+        for limit, scale in zip(limits, scales, strict=True):
             rounding_errors(rows[some], scale[some], grid, error)
             total = (error if counts is None else error * counts[some]).sum(1)
             better = total < best[some]

@@ -186,7 +186,7 @@ def _sizes(layer: Layer) -> tuple[int, int, int]:
     return groups, channels // groups, math.prod(layer.weight.shape) // channels
 
 
-def work(layer: Layer) -> float:
+def solving_cost(layer: Layer) -> float:
     """Multiplications, about, that solving and rounding the layer takes once its moments are known; none if that is not done."""
     if not can_solve(layer):
         return 0.0
@@ -194,7 +194,7 @@ def work(layer: Layer) -> float:
     return float(groups * unknowns**2 * (unknowns + (len(SHARES) + 2 * SWEEPS + 1) * rows))
 
 
-def room(layer: Layer) -> int:
+def solving_bytes(layer: Layer) -> int:
     """Bytes, about, that this takes: the moments and what they are factored into, and all shares of the rows three times."""
     if not can_solve(layer):
         return 0
@@ -225,9 +225,8 @@ def round_columns(rows: Tensor, covariance: Tensor, scale: Tensor, grid: Grid) -
     )
     inverse = torch.cholesky_inverse(_factor(permuted))
     upper = _factor(inverse, upper=True)
-    work = rows.mT.gather(
-        1, order[:, :, None].expand_as(rows.mT)
-    )  # [groups, K, R]: what is worked on together lies together
+    # [groups, K, R]: what is worked on together lies together
+    work = rows.mT.gather(1, order[:, :, None].expand_as(rows.mT))
     latent, error = torch.empty_like(work), torch.zeros_like(scale)
     for start in range(0, unknowns, BLOCK):
         stop = min(start + BLOCK, unknowns)

@@ -772,10 +772,10 @@ class Learner:
         if problem.effort.starts > len(starts):
             starts["compensated"] = {}
         rounded = {key: value.clone() for key, value in self.student.state_dict().items()}
+        selected = decisions(problem.graph)
         for name, counts in starts.items():
             self.student.load_state_dict(rounded)
-            chosen_by = decisions(problem.graph)
-            compensate(self.student, problem.teacher, problem.plan, problem.layers, batches, counts, chosen_by)
+            compensate(self.student, problem.teacher, problem.plan, problem.layers, batches, counts, selected)
             fit_biases(self.student, problem.plan)
             self._keep(name)
 

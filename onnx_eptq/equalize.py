@@ -240,9 +240,8 @@ class _Trial:
             ]
             self.options.append((factors, grids, rounded))
         self.errors = torch.zeros(2, len(self.factors), len(RANGES), dtype=torch.float64)
-        self.open = list(
-            range(len(self.factors))
-        )  # what is still in the running; without factors all the rest is measured by
+        # What is still in the running; the first, without factors, is what all the rest is measured by.
+        self.open = list(range(len(self.factors)))
 
     def see(self, x: Tensor) -> None:
         """Add the errors of one batch, part by part where it is large, so that what is hopeless is not tried on all of it."""

@@ -596,7 +596,7 @@ def estimate(job: Job) -> dict[str, float]:
     held = 2 * min(job.config.cache_mb, values / 2**20) if method.stages else 0
     held += min(calibrate.KEPT * 4 / 2**20, candidates * model_mb)
     if method.start == "compensated":
-        held += max((compensate.room(layer) for layer in job.layers), default=0) / 2**20
+        held += max((compensate.solving_bytes(layer) for layer in job.layers), default=0) / 2**20
     some = weight_samples(job) / job.batches.batch_size
     ranges = RANGE_COST * some if job.config.calibration == "hmse" else 0.0
     return {
@@ -948,7 +948,7 @@ def learning_cost(job: Job, method: Method, effort: Effort) -> float:
     steps = sum(max(1.0, effort.steps * stage.share) for stage in method.stages)
     cost = STEP_COST * steps * effort.batch
     if method.start == "compensated":
-        algebra = sum(compensate.work(layer) for layer in job.layers if layer.weight.name in job.plan)
+        algebra = sum(compensate.solving_cost(layer) for layer in job.layers if layer.weight.name in job.plan)
         alone = 2 * algebra / max(1.0, resources.all_macs(job.graph, job.counts))  # in double precision
         cost += effort.starts * (START_COST * effort.samples + alone)
     return cost

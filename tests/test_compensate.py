@@ -181,13 +181,15 @@ def test_work_grows_with_the_cube_of_what_a_row_reads(kind):
     (layer,) = models.quantize(KINDS[kind]).layers
     groups, rows, unknowns = as_rows(layer, torch.from_numpy(np.array(layer.weight.values))).shape
     passes = len(comp.SHARES) + 2 * comp.SWEEPS + 1
-    assert comp.work(layer) == groups * (unknowns**3 + passes * unknowns**2 * rows)
-    assert comp.room(layer) == 8 * groups * (6 * unknowns**2 + 3 * len(comp.SHARES) * unknowns * rows)
+    assert comp.solving_cost(layer) == groups * (unknowns**3 + passes * unknowns**2 * rows)
+    assert comp.solving_bytes(layer) == 8 * groups * (6 * unknowns**2 + 3 * len(comp.SHARES) * unknowns * rows)
 
 
 @pytest.mark.parametrize("kind", NO_MATRIX)
 def test_layers_that_are_not_solved_take_no_work(kind):
-    assert all(comp.work(layer) == comp.room(layer) == 0 for layer in models.quantize(NO_MATRIX[kind]).layers)
+    assert all(
+        comp.solving_cost(layer) == comp.solving_bytes(layer) == 0 for layer in models.quantize(NO_MATRIX[kind]).layers
+    )
 
 
 @pytest.mark.parametrize("parts", [8, 27])
