@@ -502,10 +502,9 @@ class _Piece:
         ]
         nodes = pieces.needed_nodes(inputs[0], outputs[0])
         self.parts = install(student, problem, piece, stage, nodes, done)
-        self.decided = pieces.between(teacher, inputs[1], outputs[1], decisions(problem.graph))
-        given, deciding = ([raw[name] for name in self.decided] for raw in (mine, its))
-        self.student = pieces.function(student, [*inputs[0], *given], outputs[0], mapped=problem.mapped)
-        self.teacher = pieces.function(teacher, inputs[1], [*outputs[1], *deciding], mapped=problem.mapped)
+        self.student, self.teacher, self.deciding = pieces.in_step(
+            student, teacher, inputs, outputs, decisions(problem.graph), mapped=problem.mapped
+        )
         self.ours, self.theirs = ([kept[name] for name in piece.inputs] for kept in (ours, theirs))
         if first:
             self.ours = self.theirs = list(problem.samples)
@@ -528,7 +527,7 @@ class _Piece:
     @torch.no_grad()
     def _cached(self) -> list[Tensor] | None:
         """The teacher's values for all samples, if they fit."""
-        if self.decided:  # as many as there happen to be, and not sample by sample
+        if self.deciding:  # what is decided may not come sample by sample
             return None
         batch, count = self.problem.learned_together, len(self.theirs[0])
         first = self.teacher(*[x[:batch] for x in self.theirs])
@@ -579,7 +578,7 @@ class _Piece:
     def loss(self, index: Tensor, step: int, steps: int) -> Tensor:
         """The loss of one batch."""
         expected = self._expected(index)
-        count = len(expected) - len(self.decided)
+        count = len(expected) - self.deciding
         expected, decided = expected[:count], expected[count:]
         with torch.autocast(self.ours[0].device.type, torch.bfloat16, enabled=self.problem.bf16):
             found: Sequence[Tensor] = self.student(*self.inputs(index), *decided)
@@ -821,10 +820,7 @@ class Learner:
         mirrors, batch = (self.student, self.problem.teacher), self.problem.together
         places = [pieces.input_nodes(mirror, piece.inputs, first) for mirror in mirrors]
         ends = [[pieces.final_nodes(mirror)[name] for name in piece.outputs] for mirror in mirrors]
-        names = pieces.between(self.problem.teacher, places[1], ends[1], decisions(self.problem.graph))
-        given, deciding = ([pieces.raw_nodes(mirror)[name] for name in names] for mirror in mirrors)
-        student = pieces.function(self.student, [*places[0], *given], ends[0])
-        teacher = pieces.function(self.problem.teacher, places[1], [*ends[1], *deciding])
+        student, teacher, _ = pieces.in_step(*mirrors, places, ends, decisions(self.problem.graph))
         decided: list[Sequence[Tensor]] = []
 
         def decide(*inputs: Tensor) -> tuple[Tensor, ...]:

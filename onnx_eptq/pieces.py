@@ -115,6 +115,26 @@ def function(
     return run_each if mapped else run
 
 
+def in_step(
+    student: Mirror,
+    teacher: Mirror,
+    inputs: Sequence[Sequence[fx.Node]],
+    outputs: Sequence[Sequence[fx.Node]],
+    decisions: Iterable[str],
+    *,
+    mapped: bool = False,
+) -> tuple[Function, Function, int]:
+    """Functions of both networks, of which the student's selects what the teacher's did, and how many decisions that takes.
+
+    The teacher's returns its decisions behind its outputs, the student's takes them behind its inputs. `inputs` and `outputs`:
+    of the student and of the teacher, as for `function`.
+    """
+    names = between(teacher, inputs[1], outputs[1], decisions)
+    given, deciding = ([raw_nodes(mirror)[name] for name in names] for mirror in (student, teacher))
+    ours = function(student, [*inputs[0], *given], outputs[0], mapped=mapped)
+    return ours, function(teacher, inputs[1], [*outputs[1], *deciding], mapped=mapped), len(names)
+
+
 def can_map(mirror: Mirror, samples: Sequence[Tensor]) -> bool:
     """Whether a `mapped` function of a mirror that takes one sample at a time computes of several what the mirror does of each.
 

@@ -662,10 +662,10 @@ FAULTS = (
         ("selected",),
     ),
     Fault(
-        "a piece learns from what the student selects",
-        "eptq.py",
-        "self.student = pieces.function(student, [*inputs[0], *given], outputs[0], mapped=problem.mapped)",
-        "self.student = lambda *x: pieces.function(student, inputs[0], outputs[0])(*x[: len(inputs[0])])",
+        "a student selects by itself",
+        "pieces.py",
+        "ours = function(student, [*inputs[0], *given], outputs[0], mapped=mapped)",
+        "ours = lambda *x: function(student, inputs[0], outputs[0])(*x[: len(inputs[0])])",
         ("selected",),
     ),
     Fault(
