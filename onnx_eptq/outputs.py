@@ -112,7 +112,7 @@ def decisions(graph: gs.Graph) -> list[str]:
 
 
 def class_axes(graph: gs.Graph) -> dict[str, int]:
-    """The axis along which an output holds one number per class, of each output for which the graph tells.
+    """The axis along which an output, or scores that a TopK reads, hold one number per class, where the graph tells.
 
     That of the Softmax or linear operator it comes from, followed through what lies between. The first axis is that of the
     samples. Columns of different scale are no classes: such an output has none of its axes.
@@ -123,7 +123,9 @@ def class_axes(graph: gs.Graph) -> dict[str, int]:
             axis = _axis_of(node, tensor, known)
             if axis is not None:
                 known[tensor.name] = axis
-    found = {tensor.name: known[tensor.name] for tensor in graph.outputs if known.get(tensor.name)}
+    names = [tensor.name for tensor in graph.outputs]
+    names += [node.inputs[0].name for node in graph.nodes if is_op(node, "TopK")]
+    found = {name: known[name] for name in names if known.get(name)}
     return found | {t.name: len(t.shape or ()) for t in graph.outputs if t.name in extras(graph).uneven}
 
 

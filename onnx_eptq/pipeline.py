@@ -1054,6 +1054,7 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
                 selections(job.graph),
                 class_axes(job.graph),
                 mirror.feeds_whole(job.graph),
+                decisions(job.graph),
             )
         narrow = any(point.grid.bits < 8 for point in job.plan.values())
         report.warnings += remarks.low_fidelity(report.fidelity, "try more bits" if narrow else remarks.AT_MOST)

@@ -45,6 +45,11 @@ def low_fidelity(fidelity: verify.Fidelity, advice: str) -> list[str]:
         if decibel < LOW_SQNR
     ]
     found += [
+        f"output '{name}' is {decibel} dB from the float model's even where both select the same: expect a loss; {advice}"
+        for name, decibel in fidelity.selected_db.items()
+        if decibel < LOW_SQNR
+    ]
+    found += [
         f"output '{name}' agrees with the float model's in {share} % only: expect a loss; {advice} or other samples"
         for name, share in fidelity.agreement.items()
         if share < LOW_AGREEMENT and fidelity.sqnr_db.get(name, LOW_SQNR) >= LOW_SQNR

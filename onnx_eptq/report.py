@@ -223,7 +223,7 @@ class Report:
         if fidelity:
             for name, sources in list(fidelity.selected.items())[:most]:
                 before = ", ".join(s for s in sources if s in fidelity.sqnr_db) or "nothing that both models name"
-                yield f"fidelity   {name}: selected, so judged before it is: {before}"
+                yield f"fidelity   {name}: selected, so judged before it is: {before}{_selected(fidelity, name)}"
             yield from _rest("fidelity", len(fidelity.selected) - most, "selected outputs")
             names = list(dict.fromkeys([*fidelity.sqnr_db, *fidelity.agreement]))
             for name in names[:most]:
@@ -234,6 +234,15 @@ class Report:
                 beside = f"{masked} % of it masked and left out, " if masked else ""
                 yield f"fidelity   {name}: {found} ({beside}{fidelity.samples} calibration samples)"
             yield from _rest("fidelity", len(names) - most, "outputs")
+
+
+def _selected(fidelity: Fidelity, name: str) -> str:
+    """How far a selected output is from the float model's if both models select the same."""
+    if name in fidelity.selected_db:
+        return f"; SQNR {fidelity.selected_db[name]} dB where both select the same"
+    if name in fidelity.selected_agreement:
+        return f"; equal in {fidelity.selected_agreement[name]} % where both select the same"
+    return ""
 
 
 def _rest(label: str, count: int, what: str) -> Iterator[str]:

@@ -86,10 +86,11 @@ class Fidelity:
 
     `sqnr_db` has the outputs of real numbers, in dB; `agreement` the share of positions, in %, where the largest class or an
     integer is the same. Outputs in `selected` hold what a TopK, NonMaxSuppression or the like has picked, in its order: element
-    by element they cannot be compared, so the values that it picks from stand for them. `masked` says how much of an output, in
-    %, holds the huge negative numbers of a mask on both sides, beside which no error would be one: it is left out. `worst` names
-    the column (feature, channel; `columns.column_axis`) of an output whose error is largest beside its own spread, with the
-    signal-to-noise ratio of what varies in it: a mean, or larger columns, hide nothing there.
+    by element they cannot be compared, so the values that it picks from stand for them; `selected_db` (dB) and
+    `selected_agreement` (%) tell of these outputs where the quantized model is made to pick what the float one does. `masked`
+    says how much of an output, in %, holds the huge negative numbers of a mask on both sides, beside which no error would be
+    one: it is left out. `worst` names the column (feature, channel; `columns.column_axis`) of an output whose error is largest
+    beside its own spread, with the signal-to-noise ratio of what varies in it: a mean, or larger columns, hide nothing there.
     """
 
     samples: int
@@ -98,6 +99,8 @@ class Fidelity:
     selected: dict[str, list[str]] = field(default_factory=dict)
     masked: dict[str, float] = field(default_factory=dict)
     worst: dict[str, tuple[int, float]] = field(default_factory=dict)
+    selected_db: dict[str, float] = field(default_factory=dict)
+    selected_agreement: dict[str, float] = field(default_factory=dict)
 
 
 def session(
@@ -561,9 +564,72 @@ def _watching(model: Source, wanted: Iterable[str], threads: int) -> tuple[ort.I
     """A session at full optimisation whose outputs are the network's and those of the `wanted` values that it has."""
     opened, folder = _opened(model)
     names = [output.name for output in opened.graph.output]
-    computed = {name for node in opened.graph.node for name in node.output}
+    computed = _computed(opened)
     more = [name for name in dict.fromkeys(wanted) if name in computed and name not in names]
     return session(_exposing(opened, more) if more else model, "all", threads, folder=folder), [*names, *more]
+
+
+def _computed(model: onnx.ModelProto) -> set[str]:
+    return {name for node in model.graph.node for name in node.output}
+
+
+def _told(model: onnx.ModelProto, decisions: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """A copy that reads what it selects, `decisions`, as inputs; what a TopK picks is gathered where they say."""
+    told = onnx.ModelProto()
+    told.CopyFrom(model)
+    for node in told.graph.node:
+        if node.op_type == "TopK" and node.output[1] in decisions:
+            axis = next((entry.i for entry in node.attribute if entry.name == "axis"), -1)
+            gather = onnx.helper.make_node(
+                "GatherElements", [node.input[0], node.output[1]], node.output[:1], axis=axis
+            )
+            node.CopyFrom(gather)
+        node.output[:] = [f"{name}/own" if name in decisions else name for name in node.output]
+    told.graph.input.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), None)
+        for name, array in decisions.items()
+    )
+    left = [output for output in told.graph.output if output.name not in decisions]
+    del told.graph.output[:]
+    told.graph.output.extend(left)
+    return told
+
+
+class _Selected:
+    """Outputs that are selected, of the written model where it is told the `decisions` of the float one."""
+
+    def __init__(self, written: Source, outputs: Iterable[str], decisions: Sequence[str], threads: int) -> None:
+        self.model, self.folder = _opened(written)
+        self.decisions, self.threads = decisions, threads
+        self.outputs = [name for name in outputs if name not in decisions]
+        self.session: ort.InferenceSession | None = None
+        self.noise, self.equal = _Noise(), _Shares()
+
+    def add(self, batch: Batch, expected: Mapping[str, np.ndarray]) -> None:
+        """Add one batch, with what the float model gives for the outputs and decides."""
+        decided = {name: expected[name] for name in self.decisions}
+        if self.session is None:
+            self.session = session(_told(self.model, decided), "all", self.threads, folder=self.folder)
+        found = run(self.session, {**batch, **decided}, self.outputs)
+        wanted = {name: expected[name] for name in self.outputs}
+        self.noise.add(wanted, found)
+        for name, a in wanted.items():
+            if a.dtype.kind != "f" and a.shape == found[name].shape:
+                self.equal.add(name, a == found[name])
+
+
+class _Shares:
+    """How much of something is so, over all batches, in %."""
+
+    def __init__(self) -> None:
+        self.found, self.total = Counter[str](), Counter[str]()
+
+    def add(self, name: str, so: np.ndarray) -> None:
+        self.found[name] += int(so.sum())
+        self.total[name] += so.size
+
+    def percent(self) -> dict[str, float]:
+        return {name: round(100 * self.found[name] / total, 2) for name, total in self.total.items() if total}
 
 
 def measure_fidelity(
@@ -574,22 +640,31 @@ def measure_fidelity(
     selected: Mapping[str, Sequence[str]] | None = None,
     axes: Mapping[str, int] | None = None,
     whole: bool = False,
+    decisions: Sequence[str] = (),
 ) -> Fidelity:
     """Signal-to-noise ratio (dB) and agreement (%) of every output, both models at full optimisation.
 
     Integers (of an ArgMax) agree where they are equal; scores where the largest one is the same along the axis that `axes`
     names for an output (as `outputs.class_axes` finds it), or else the last one of two, if that has at least two entries.
     Instead of the outputs that are keys of `selected` (as `outputs.selections` returns them) the values that they were picked
-    from are compared. A batch is one sample where inputs have no batch axis in common, and where `whole` says so.
+    from are compared, which have classes only where `axes` names them; and these outputs of a written model that picks what the
+    float one does, if both compute the `decisions` (as `outputs.decisions` returns them). A batch is one sample where inputs
+    have no batch axis in common, and where `whole` says so.
     """
     selected, axes = selected or {}, axes or {}
-    inner = [name for names in selected.values() for name in names]
-    (ours, known), (theirs, found_too) = (_watching(model, inner, threads) for model in (float_model, written))
+    inner = dict.fromkeys(name for names in selected.values() for name in names)
+    ours, known = _watching(float_model, [*inner, *decisions], threads)
+    theirs, found_too = _watching(written, inner, threads)
     names = [name for name in known if name in found_too and name not in selected]
+    computed = _computed(_opened(written)[0])
+    shared = all(name in known and name in computed for name in decisions)
+    behind = _Selected(written, selected, decisions, threads) if selected and decisions and shared else None
+    wanted = list(dict.fromkeys([*names, *(behind.outputs if behind else ()), *(decisions if behind else ())]))
     alone = whole or no_batch_axis(tensor.shape for tensor in ours.get_inputs())
-    noise, agree, total, samples = _Noise(), Counter[str](), Counter[str](), 0
+    noise, agreeing, samples = _Noise(), _Shares(), 0
     for batch in batches:
-        expected, found = run(ours, batch, names), run(theirs, batch, names)
+        given = run(ours, batch, wanted)
+        expected, found = {name: given[name] for name in names}, run(theirs, batch, names)
         samples += 1 if alone else len(next(iter(batch.values())))
         for name in names:
             if expected[name].shape != found[name].shape:
@@ -599,15 +674,19 @@ def measure_fidelity(
                 )
         noise.add(expected, found)
         for name, a in expected.items():
-            same = _agreeing(a, found[name], axes.get(name, 1 if a.ndim == 2 else a.ndim))
+            last = a.ndim if name in inner else 1 if a.ndim == 2 else a.ndim
+            same = _agreeing(a, found[name], axes.get(name, last))
             if same is not None:
-                agree[name] += int(same.sum())
-                total[name] += same.size
-    agreement = {name: round(100 * agree[name] / total[name], 2) for name in total if total[name]}
-    agreement |= dict.fromkeys(noise.silent(), 100.0)
+                agreeing.add(name, same)
+        if behind:
+            behind.add(batch, given)
+    agreement = agreeing.percent() | dict.fromkeys(noise.silent(), 100.0)
     sources = {name: list(values) for name, values in selected.items()}
-    worst = noise.worst_columns()
-    return Fidelity(samples, noise.decibels(), agreement, sources, noise.masked(), worst)
+    fidelity = Fidelity(samples, noise.decibels(), agreement, sources, noise.masked(), noise.worst_columns())
+    if behind:
+        fidelity.selected_db = behind.noise.decibels()
+        fidelity.selected_agreement = behind.equal.percent()
+    return fidelity
 
 
 def distances(expected: Batch, found: Batch) -> dict[str, float]:

@@ -14,9 +14,11 @@ from onnx_eptq import pieces, pipeline
 from onnx_eptq.compensate import compensate
 from onnx_eptq.eptq import Judge, Learner
 from onnx_eptq.methods import METHODS
-from onnx_eptq.outputs import decisions, learning_targets
+from onnx_eptq.outputs import class_axes, decisions, learning_targets, selections
 from onnx_eptq.plan import Rules
+from onnx_eptq.remarks import low_fidelity
 from onnx_eptq.report import Phases
+from onnx_eptq.verify import Fidelity, measure_fidelity
 
 W = weights(40)
 BODY = """c = Conv <pads=[1,1,1,1]> (x, w0) f = Relu(c) t = Reshape(f, flat) k = Transpose <perm=[0,2,1]> (t)
@@ -189,3 +191,60 @@ def test_models_that_take_one_sample_at_a_time_learn_behind_a_selection(end):
     result = onnx_eptq.quantize(proto, data, weight_bits=3, steps=20, threads=1)
     distances = result.report.learning.distances
     assert min(distances.values()) < 0.9 * distances["rtn"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fidelity_tells_of_what_lies_behind_a_selection(name):
+    """Against the float model run by ONNX Runtime, whose selection the other one is told."""
+    proto, other = model(name), model(name)
+    tables = {tensor.name: tensor for tensor in other.graph.initializer}
+    for weight, factor in (
+        ("ws", -0.9),
+        ("w2", 1.1),
+    ):  # other elements are selected; what is computed of them is 10 % more
+        tables[weight].CopyFrom(
+            onnx.numpy_helper.from_array(factor * onnx.numpy_helper.to_array(tables[weight]), weight)
+        )
+    graph = models.prepared(proto)
+    batches = [{"x": images(24)[i : i + 8]} for i in range(0, 24, 8)]
+    found = measure_fidelity(proto, other, batches, 1, selections(graph), class_axes(graph), decisions=decisions(graph))
+    assert found.selected_db == {"y": 20.0}
+    assert set(found.selected) == {"y"}
+    assert "y" not in found.sqnr_db
+    assert found.agreement == {}
+    silent = measure_fidelity(proto, other, batches, 1, selections(graph), decisions=["no such value"])
+    assert silent.selected_db == {}
+    assert silent.sqnr_db == found.sqnr_db
+
+
+def test_fidelity_of_labels_and_scores_where_both_models_select_the_same():
+    """Boxes that are picked, their values in the order of the other model's scores, and integers beside them."""
+    text = """(float[N,6] x) => (float[N,2] v, int64[N,2] i, int64[N,2] big) { a = MatMul(x, w) v, i = TopK <axis=1> (a, two)
+      s = Mul(v, ten) r = Floor(s) big = Cast <to=7> (r) }"""
+    table = W(6, 5)
+    proto, other = (parse(text, w=weight, two=i64(2), ten=f32(10.0)) for weight in (table, -table))
+    graph = models.prepared(proto)
+    batches = [{"x": np.random.default_rng(3).standard_normal((32, 6)).astype(np.float32)}]
+    args = (batches, 1, selections(graph), class_axes(graph))
+    assert decisions(graph) == ["i"]
+    same = measure_fidelity(proto, proto, *args, decisions=["i"])
+    assert same.selected_db["v"] > 100
+    assert same.selected_agreement == {"big": 100.0}
+    assert same.agreement == {"a": 100.0}
+    turned = measure_fidelity(proto, other, *args, decisions=["i"])  # the same elements, of the other sign
+    assert turned.selected_db["v"] == pytest.approx(-6.02, abs=0.01)
+    assert turned.agreement["a"] < 30
+    assert turned.selected_agreement["big"] < 30
+
+
+def test_the_report_says_what_a_second_stage_costs():
+    result = onnx_eptq.quantize(model("picked"), images(), method="rtn", bits={"w1": 2, "w2": 2}, threads=1)
+    fidelity = result.report.fidelity
+    assert fidelity.selected_db["y"] < min(fidelity.sqnr_db.values()) - 10
+    assert f"SQNR {fidelity.selected_db['y']} dB where both select the same" in str(result.report)
+
+
+def test_a_loss_behind_a_selection_is_warned_of():
+    fidelity = Fidelity(8, {"q": 30.0}, {}, {"y": ["q"]}, selected_db={"y": 3.0})
+    (warning,) = low_fidelity(fidelity, "try more bits")
+    assert warning.startswith("output 'y' is 3.0 dB from the float model's even where both select the same")
