@@ -445,6 +445,13 @@ def scopes(graph: gs.Graph) -> Iterator[gs.Graph]:
     yield from graph.subgraphs(recursive=True)
 
 
+def nodes_within(node: gs.Node) -> Iterator[gs.Node]:
+    """Yield the nodes of a node's subgraphs, at any depth."""
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            yield from (inner for scope in scopes(value) for inner in scope.nodes)
+
+
 def is_op(node: gs.Node, *ops: str) -> bool:
     """Tell whether the node is one of these operators of the standard domain."""
     return node.op in ops and node.domain in STANDARD_DOMAINS

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from onnx_eptq import islands
 from onnx_eptq.errors import UnsupportedOp
-from onnx_eptq.graph import STANDARD_DOMAINS
+from onnx_eptq.graph import STANDARD_DOMAINS, nodes_within
 
 Role = Literal["linear", "arithmetic", "same_grid", "clamp", "sensitive", "untouched"]
 Attributes = Mapping[str, Any]
@@ -114,6 +114,7 @@ def _no_function(*inputs: Tensor) -> Tensor:
 
 
 ISLAND = Op(_no_function, "sensitive", squashes=True, island=True)
+SELECTING_ISLAND = replace(ISLAND, selects=True)
 QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear")
 
 
@@ -123,17 +124,23 @@ def bounds_of(function: Callable[..., Any] | str) -> tuple[float, float] | None:
     return None if known is None else known.bounds
 
 
+def _selects(node: gs.Node) -> bool:
+    found = OPS.get(op_name(node))
+    return found is not None and found.selects
+
+
 def op_of(node: gs.Node) -> Op:
     """Return what is known about a node's operator: the one place where every stage looks it up.
 
-    What the table lacks and ONNX Runtime has is an island: it stays float, and gradients end in it.
+    What the table lacks and ONNX Runtime has is an island: it stays float, and gradients end in it. An If or Loop selects if
+    something in it does.
 
     Raises:
         UnsupportedOp: nothing is known.
     """
     found = OPS.get(op_name(node))
     if found is None and node.op not in QUANTIZED and islands.can_run(node):
-        return ISLAND
+        return SELECTING_ISLAND if any(_selects(inner) for inner in nodes_within(node)) else ISLAND
     if found is None:
         raise UnsupportedOp(f"'{node.name}' {op_name(node)} cannot be simulated; replace it by standard operators")
     return found

@@ -611,11 +611,16 @@ class _Selected:
         if self.session is None:
             self.session = session(_told(self.model, decided), "all", self.threads, folder=self.folder)
         found = run(self.session, {**batch, **decided}, self.outputs)
+        self.outputs = [name for name in self.outputs if found[name].shape == expected[name].shape]  # else more decides
         wanted = {name: expected[name] for name in self.outputs}
         self.noise.add(wanted, found)
         for name, a in wanted.items():
-            if a.dtype.kind != "f" and a.shape == found[name].shape:
+            if a.dtype.kind != "f":
                 self.equal.add(name, a == found[name])
+
+    def of(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """The figures of those outputs whose elements were the same ones in every batch."""
+        return {name: figure for name, figure in figures.items() if name in self.outputs}
 
 
 class _Shares:
@@ -684,8 +689,8 @@ def measure_fidelity(
     sources = {name: list(values) for name, values in selected.items()}
     fidelity = Fidelity(samples, noise.decibels(), agreement, sources, noise.masked(), noise.worst_columns())
     if behind:
-        fidelity.selected_db = behind.noise.decibels()
-        fidelity.selected_agreement = behind.equal.percent()
+        fidelity.selected_db = behind.of(behind.noise.decibels())
+        fidelity.selected_agreement = behind.of(behind.equal.percent())
     return fidelity
 
 

@@ -44,6 +44,17 @@ def model(name: str, threshold: float = 0.5) -> onnx.ModelProto:
     return parse(MODELS[name], **{**used, **({"half": f32(threshold).reshape(())} if "half" in used else {})})
 
 
+def branching() -> onnx.ModelProto:
+    """As exporters write torchvision's batched_nms: nothing is selected of nothing, else an If's branch selects."""
+    branches = ", ".join(
+        f"{branch} = {k}0 () => (int64[A,2] {k}2) {{{{ {k}1 = NonZero(g) {k}2 = Transpose <perm=[1,0]> ({k}1) }}}}"
+        for branch, k in (("then_branch", "s"), ("else_branch", "e"))
+    ).format()
+    text = f"""(float[N,3,8,8] x) => (float[M,5] y) {{ {BODY} g = Greater(q, half) m = Cast <to=1> (g)
+      n = ReduceSum <keepdims=0> (m) any = Greater(n, zero) p = If (any) <{branches}> z = GatherND(k, p) {HEAD}"""
+    return parse(text, zero=f32(0.0).reshape(()), **{key: array for key, array in CONSTANTS.items() if key in text})
+
+
 def images(count: int = 64) -> np.ndarray:
     return np.random.default_rng(2).standard_normal((count, 3, 8, 8)).astype(np.float32)
 
@@ -248,3 +259,16 @@ def test_a_loss_behind_a_selection_is_warned_of():
     fidelity = Fidelity(8, {"q": 30.0}, {}, {"y": ["q"]}, selected_db={"y": 3.0})
     (warning,) = low_fidelity(fidelity, "try more bits")
     assert warning.startswith("output 'y' is 3.0 dB from the float model's even where both select the same")
+
+
+def test_what_a_branch_selects_is_a_decision():
+    found = models.quantize(branching(), Rules(4, 8))
+    assert decisions(found.graph) == ["p", "any", "g"]
+    samples = [torch.from_numpy(images(12))]
+    judge = Judge(found.teacher, found.graph, ["y"], samples, batch=5)
+    other = copy.deepcopy(found.teacher)
+    with torch.no_grad():
+        other.constant("ws").mul_(-0.9)
+    assert judge.distance(other) == 0
+    report = onnx_eptq.quantize(branching(), images(), method="rtn", threads=1).report
+    assert report.fidelity.selected_db["y"] > 20
