@@ -50,6 +50,7 @@ from onnx_eptq.plan import (
     Rules,
     check_ops,
     check_plan,
+    explained,
     is_score,
     linear_layers,
     make_plan,
@@ -69,6 +70,7 @@ FIT_SAMPLES = 256  # by which weights are rounded when sensitivities are measure
 FIDELITY_SAMPLES, LEAST_FIDELITY = 256, 32  # how many are compared, and of large samples
 PARITY_SAMPLES = 8
 SMALL = 1024  # elements of a sample: of smaller ones, more are looked at where
+FED_SAMPLES = 128  # whose range is told
 COLUMN_SAMPLES, FEW_COLUMN_SAMPLES = 64, 16  # the columns of inputs and outputs are compared on so many samples
 LEAST_COLUMN_SAMPLES = 4  # of very large ones
 ALIKE = 8  # samples that are compared: if they are the same, so may be all
@@ -239,17 +241,24 @@ def begin(
         groups: Sequence[Group] = ()
         if plan is not None:
             check_plan(graph, target, plan)
+            plan = explained(plan, make_plan(graph, target))
         elif mixes:
             plan, groups = candidates(graph, target, Rules(keep_float=config.keep_float), asked(config))
         else:
             plan = make_plan(graph, target, rules(config))
     coverage = measure_coverage(graph, plan)
     if strict and not coverage.complete:
-        names = ", ".join(f"'{name}' ({reason})" for name, reason in coverage.float_layers.items())
-        raise CoverageError(f"{len(coverage.float_layers)} of {coverage.layers} layers would stay float: {names}")
+        left = coverage.float_layers | coverage.float_weights
+        names = ", ".join(f"'{name}' ({reason})" for name, reason in left.items())
+        of = coverage.layers + len(coverage.float_weights)
+        raise CoverageError(f"{len(left)} of {of} layers would stay float: {names}")
     label = str(model) if isinstance(model, str | os.PathLike) else graph.name or "model"
     report = Report(onnx_eptq.__version__, label, config.model_dump(mode="json", exclude_defaults=True), coverage)
     report.islands = find_islands(graph)
+    if not coverage.quantized_layers:
+        report.warnings.append(
+            "no layer is quantized, so the file gains nothing; what stays float is listed with its reason"
+        )
     if defaults := graphs.extras(graph).defaults:
         names = ", ".join(f"'{name}'" for name in defaults[:3]) + (" and others" if len(defaults) > 3 else "")
         report.warnings.append(
@@ -417,7 +426,12 @@ def describe_data(job: Job) -> None:
     """Put into the report what is fed, and warn about what looks wrong."""
     report = job.report
     report.data, report.samples = job.batches.describe(), job.batches.num_samples
-    first = next(iter(job.batches))
+    spread = job.batches.subset(max(8, min(FED_SAMPLES, 32 * IMAGE_ELEMENTS // sample_elements(job))), job.config.seed)
+    arrays: dict[str, list[np.ndarray]] = {}
+    for batch in spread:
+        for name, array in batch.items():
+            arrays.setdefault(name, []).append(array.reshape(-1))
+    seen = {name: np.concatenate(parts) for name, parts in arrays.items()}
     some = list(itertools.islice(job.batches.samples(), ALIKE))
     if len(some) > 1 and all(np.array_equal(x, some[0][name]) for sample in some[1:] for name, x in sample.items()):
         report.warnings.append(
@@ -425,8 +439,8 @@ def describe_data(job: Job) -> None:
         )
     raw = (job.config.scale or sources.PRESETS[job.config.preset].scale) == 1
     for spec in input_specs(job.graph):
-        if spec.name in first and first[spec.name].size:
-            fed = sources.feed_range({spec.name: first[spec.name]})[spec.name]
+        if spec.name in seen and seen[spec.name].size:
+            fed = sources.feed_range({spec.name: seen[spec.name]})[spec.name]
             report.fed[spec.name] = [float(number) for number in fed]
             report.warnings += [
                 text for text in [sources.implausible(spec, fed, raw=raw, arrays=not job.batches.are_images)] if text
@@ -1057,8 +1071,11 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
                 decisions(job.graph),
             )
         narrow = any(point.grid.bits < 8 for point in job.plan.values())
-        report.warnings += remarks.low_fidelity(report.fidelity, "try more bits" if narrow else remarks.AT_MOST)
-        report.warnings += remarks.runtime_deviations(report.parity, report.fidelity)
+        losses = remarks.low_fidelity(
+            report.fidelity, "try more bits" if narrow else remarks.AT_MOST, report.coverage.float_values
+        )
+        losses += remarks.runtime_deviations(report.parity, report.fidelity)
+        report.warnings[:0] = losses  # first, as only the first ones are printed
         report.bytes = graphs.file_bytes(staged.path)
         if report.notes_bytes > remarks.MANY_NOTES * report.bytes:
             report.warnings.append(remarks.notes_of(report))

@@ -36,6 +36,7 @@ DEEPEST = 8  # operators between a mask's constant and the sum that applies it
 _MAKING = (
     "ConstantOfShape", "Trilu", "Expand", "Tile", "Slice", "Gather", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Transpose"
 )  # fmt: skip
+DECODING, UNPLANNED = "decoding", "the plan leaves it float"  # reasons, or what they begin with
 ISLAND_REASON = "{} is left to ONNX Runtime, in float"
 
 
@@ -365,12 +366,12 @@ def _decoding(graph: gs.Graph) -> dict[int, str]:
         if before:
             found[id(node)] = before[0]
         elif op_of(node).selects:
-            found[id(node)] = f"decoding, from {node.op} on"
+            found[id(node)] = f"{DECODING}, from {node.op} on"
         elif op_of(node).joins and {is_score(tensor) for tensor in node.inputs if not is_constant(tensor)} == {
             True,
             False,
         }:
-            found[id(node)] = "decoding: scores and coordinates join"
+            found[id(node)] = f"{DECODING}: scores and coordinates join"
     return found
 
 
@@ -917,6 +918,11 @@ def _limits(producer: gs.Node | None) -> Limits:
     if is_op(producer, "Clip"):
         low, high = ((*producer.inputs[1:], None, None))[:2]
         return _constant_scalar(low), _constant_scalar(high)
+    if is_op(producer, "Relu"):
+        return (
+            0.0,
+            None,
+        )  # also where none of the samples reaches above: the runtime fuses it only with a grid from 0 on
     bounds = op_of(producer).bounds
     if bounds is None:
         return None, None
@@ -982,7 +988,7 @@ def make_plan(graph: gs.Graph, target: Target, rules: Rules | None = None) -> Pl
     if not linear_layers(graph):
         inner = next((node for node in graph.nodes if any(map(_has_layers, node.subgraphs(recursive=True)))), None)
         why = "was it exported without its parameters?"
-        foreign = sorted({node.op for node in graph.nodes if op_of(node).island and node.domain})
+        foreign = sorted({node.op for node in graph.nodes if op_of(node).island or is_op(node, "Einsum")})
         if foreign:
             why = f"the work of {', '.join(foreign)} is left to ONNX Runtime, in float"
         if inner is not None:
@@ -1031,6 +1037,12 @@ def check_rules(graph: gs.Graph, target: Target, rules: Rules) -> None:
 
 def _spell(widths: Sequence[int]) -> str:
     return ", ".join(map(str, sorted(widths)))
+
+
+def explained(plan: Plan, usual: Plan) -> Plan:
+    """A plan of the user's that says of all that the usual one quantizes, and it does not, that it stays float."""
+    left = {name: UNPLANNED for name in usual if name not in plan}
+    return Plan(plan, {name: reason for name, reason in {**left, **plan.floats}.items() if name not in plan})
 
 
 def check_plan(graph: gs.Graph, target: Target, plan: Plan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 
 import onnx
 
@@ -37,9 +38,17 @@ def idle_settings(config: Config) -> list[str]:
     return [f"{', '.join(idle)}: settings of learning, and --method {config.method} learns nothing"]
 
 
-def low_fidelity(fidelity: verify.Fidelity, advice: str) -> list[str]:
-    """A warning for every output that is far from the float model's, as a whole or in one of its columns."""
+def low_fidelity(fidelity: verify.Fidelity, advice: str, floats: Collection[str] = ()) -> list[str]:
+    """A warning for every output that is far from the float model's, as a whole or in one of its columns.
+
+    `floats` names the values that are float already, so that to keep them so helps no one.
+    """
     found = [
+        f"output '{name}' of the written file is NaN or infinite in {count:,} elements where the float model's is a number; "
+        f"{advice}, or keep what leads to it float (--keep-float)"
+        for name, count in fidelity.broken.items()
+    ]
+    found += [
         f"output '{name}' is {decibel} dB from the float model's: expect a loss; {advice}"
         for name, decibel in fidelity.sqnr_db.items()
         if decibel < LOW_SQNR
@@ -57,9 +66,10 @@ def low_fidelity(fidelity: verify.Fidelity, advice: str) -> list[str]:
     for name, (index, decibel) in fidelity.worst.items():
         whole = fidelity.sqnr_db.get(name, 0.0)
         if decibel < LOW_COLUMN and whole > max(LOW_SQNR, decibel + HIDDEN):
+            cure = advice if name in floats else f"keep '{name}' float, or give the column an output of its own"
             found.append(
                 f"output '{name}': what varies in column {index} is only {decibel} dB from the float model's, which the "
-                f"{whole} dB of all columns hide; keep '{name}' float, or give the column an output of its own"
+                f"{whole} dB of all columns hide; {cure}"
             )
     return found
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,17 +23,24 @@ from onnx_eptq.eptq import Learning
 from onnx_eptq.equalize import Equalized
 from onnx_eptq.mixed import Allocation
 from onnx_eptq.ops import op_name, op_of
-from onnx_eptq.plan import Plan, linear_layers
+from onnx_eptq.plan import DECODING, UNPLANNED, Plan, linear_layers
 from onnx_eptq.verify import Fidelity, Parity
 
 MAX_WIDTHS = 48  # that are spelled one by one; the JSON names their layers
 MAX_REASONS, MAX_WARNINGS, MAX_INPUTS, MAX_OUTPUTS = 8, 4, 4, 6  # lines of each kind in the text; the JSON holds all
 MAX_LINES = 28  # of the text; with a line for each phase, a run prints less than 40
+MAX_NAMES = 4  # in one line
+WEIGHTS = 256  # elements of a matrix from which on it counts as weights, whatever reads it
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "Gather", "GatherND", "GatherElements")
 
 
 @dataclass
 class Coverage:
-    """How much of the model is quantized: weighted layers, bytes of float constants, and what stays float and why."""
+    """How much of the model is quantized: weighted layers, bytes of float constants, and what stays float and why.
+
+    `float_weights` are matrices that no layer has and that stay float: of recurrent cells, within an If, tables that are looked
+    up. `constants_by_bits` counts the bytes, as float, of quantized constants that are no layer's weights (embeddings).
+    """
 
     layers: int
     quantized_layers: int
@@ -42,47 +50,77 @@ class Coverage:
     layers_by_bits: dict[int, int]
     float_layers: dict[str, str]
     float_values: dict[str, str]
+    float_weights: dict[str, str] = field(default_factory=dict)
+    activations_by_bits: dict[int, int] = field(default_factory=dict)
+    constants_by_bits: dict[int, int] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
-        """Whether every layer with weights is quantized."""
-        return self.layers == self.quantized_layers
+        """Whether every layer with weights is quantized, and whatever else holds matrices."""
+        return self.layers == self.quantized_layers and not self.float_weights
 
     def __str__(self) -> str:
         """One line."""
-        widths = ", ".join(f"{count} x {bits} bit" for bits, count in sorted(self.layers_by_bits.items()))
         share = 100 * self.quantized_bytes / max(self.bytes, 1)
-        return (
-            f"{self.quantized_layers} of {self.layers} layers ({widths or 'none'}), {share:.1f} % of {self.bytes:,} bytes of "
-            f"constants, {self.activations} activations"
+        beside = "".join(
+            f" ({size:,} of them beside layers, at {bits} bit)" for bits, size in sorted(self.constants_by_bits.items())
         )
+        several = f" ({_widths(self.activations_by_bits)})" if len(self.activations_by_bits) > 1 else ""
+        return (
+            f"{self.quantized_layers} of {self.layers} layers ({_widths(self.layers_by_bits) or 'none'}), {share:.1f} % of "
+            f"{self.bytes:,} bytes of constants{beside}, {self.activations} activations{several}"
+        )
+
+
+def _widths(counts: Mapping[int, int]) -> str:
+    return ", ".join(f"{count} x {bits} bit" for bits, count in sorted(counts.items()))
 
 
 def measure_coverage(graph: gs.Graph, plan: Plan) -> Coverage:
     """Count what the plan quantizes."""
     layers = linear_layers(graph)
     done = [layer for layer in layers if layer.weight.name in plan]
-    by_bits: dict[int, int] = {}
-    for layer in done:
-        bits = plan[layer.weight.name].grid.bits
-        by_bits[bits] = by_bits.get(bits, 0) + 1
+    left = [layer for layer in layers if layer.weight.name not in plan]
     tensors = itertools.chain.from_iterable(scope.tensors().values() for scope in graphs.scopes(graph))
     constants = {t.name: t for t in tensors if isinstance(t, gs.Constant) and t.dtype == np.float32}
     sizes = {name: 4 * int(np.prod(tensor.shape or (1,))) for name, tensor in constants.items()}
+    activations = Counter(point.grid.bits for point in plan.values() if point.role == "activation")
+    beside = Counter[int]()
+    for point in plan.values():
+        if point.role == "constant" and sizes.get(point.value, 0) >= 4 * WEIGHTS:
+            beside[point.grid.bits] += sizes[point.value]
+    of_layers = {part.name for layer in left for part in (layer.weight, layer.bias) if part is not None}
     return Coverage(
         layers=len(layers),
         quantized_layers=len(done),
         bytes=sum(sizes.values()),
         quantized_bytes=sum(size for name, size in sizes.items() if name in plan),
-        activations=sum(point.role == "activation" for point in plan.values()),
-        layers_by_bits=by_bits,
-        float_layers={
-            layer.node.name: plan.floats.get(layer.weight.name, "the plan leaves it float")
-            for layer in layers
-            if layer.weight.name not in plan
-        },
-        float_values=dict(plan.floats),
+        activations=activations.total(),
+        layers_by_bits=dict(Counter(plan[layer.weight.name].grid.bits for layer in done)),
+        float_layers={layer.node.name: plan.floats.get(layer.weight.name, UNPLANNED) for layer in left},
+        float_values={name: reason for name, reason in plan.floats.items() if name not in of_layers},
+        float_weights=_float_weights(graph, plan, sizes, {layer.weight.name for layer in layers}),
+        activations_by_bits=dict(activations),
+        constants_by_bits=dict(beside),
     )
+
+
+def _float_weights(graph: gs.Graph, plan: Plan, sizes: Mapping[str, int], layers: Collection[str]) -> dict[str, str]:
+    """Matrices that stay float and belong to no layer, and what reads them; what a decoding looks up (anchors) is no weight."""
+    found: dict[str, str] = {}
+    inner = ((node, True) for outer in graph.nodes for node in graphs.nodes_within(outer))
+    for node, within in itertools.chain(((node, False) for node in graph.nodes), inner):
+        if not within and not graphs.is_op(node, *_WEIGHTED) and not op_of(node).island:
+            continue
+        if any(plan.floats.get(tensor.name, "").startswith(DECODING) for tensor in node.outputs):
+            continue
+        for tensor in node.inputs:
+            large = (
+                isinstance(tensor, gs.Constant) and sizes.get(tensor.name, 0) >= 4 * WEIGHTS and len(tensor.shape) > 1
+            )
+            if large and tensor.name not in plan and tensor.name not in layers:
+                found[tensor.name] = f"{sizes[tensor.name]:,} bytes, read by {op_name(node)} '{node.name}'"
+    return found
 
 
 def find_islands(graph: gs.Graph) -> dict[str, str]:
@@ -124,7 +162,7 @@ class Report:
 
     def to_json(self) -> str:
         """All fields as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(_plain(asdict(self)), indent=1, allow_nan=False)
 
     def __str__(self) -> str:
         """At most `MAX_LINES` lines."""
@@ -132,36 +170,36 @@ class Report:
             lines = list(self._lines(most))
             if len(lines) <= MAX_LINES:
                 break
-        return "\n".join(lines[:MAX_LINES])
+        return "\n".join([*lines[: MAX_LINES - 1], *lines[MAX_LINES - 1 :][-1:]])  # the last one says where the file is
 
     def _lines(self, most: int) -> Iterator[str]:
         """The text, with at most so many lines of a kind."""
         yield f"coverage   {self.coverage}"
         layers = self.coverage.float_layers
         values = self.coverage.float_values.items()
-        reasons = [*layers.items(), *((name, reason) for name, reason in values if name not in layers)]
+        weights = self.coverage.float_weights.items()
+        reasons = [*layers.items(), *weights, *((name, reason) for name, reason in values if name not in layers)]
         for name, reason in reasons[:most]:
             yield f"  float    {name}: {reason}"
         yield from _rest("  float", len(reasons) - most, "values")
         if self.islands:
             names = [f"'{name}' {op}" for name, op in self.islands.items()]
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            yield f"islands    {', '.join(names[:4])}{more}: left to ONNX Runtime in float, without gradients"
+            yield f"islands    {_some(names)}: left to ONNX Runtime in float, without gradients"
         if self.storage:
             yield "storage    " + ", ".join(
                 f"{bits}-bit weights as {form}" for bits, form in sorted(self.storage.items())
             )
         if self.data:
             yield f"data       {self.data}"
-        inputs, warnings = min(most, MAX_INPUTS), min(most, MAX_WARNINGS)
+        inputs = min(most, MAX_INPUTS)
         for name, (low, high, mean, std) in list(self.fed.items())[:inputs]:
             yield f"  fed      {name}: {low:.4g} to {high:.4g}, mean {mean:.4g}, standard deviation {std:.4g}"
         yield from _rest("  fed", len(self.fed) - inputs, "inputs")
         if self.equalized:
             least = min(self.equalized, key=lambda equalized: equalized.error)
             yield f"equalized  channels of {len(self.equalized)} values, error behind '{least.value}' x {least.error:.2g}"
-        yield from (f"warning    {warning}" for warning in self.warnings[:warnings])
-        yield from _rest("warning", len(self.warnings) - warnings, "warnings")
+        yield from (f"warning    {warning}" for warning in self.warnings[:MAX_WARNINGS])
+        yield from _rest("warning", len(self.warnings) - MAX_WARNINGS, "warnings")
         if self.estimate:
             yield f"estimate   {self.estimate['seconds']:.0f} s, {self.estimate['peak_mb']:.0f} MB"
         yield from self._allocated()
@@ -205,13 +243,18 @@ class Report:
         yield f"learned    distance from the float model on held-out samples: {steps}; kept: {learning.kept}{why}"
         yield (
             f"           {learning.steps} steps, {100 * learning.undecided:.1f} % of roundings undecided at the end, "
-            f"{learning.gap:+.2g} by deciding them; targets: {', '.join(learning.targets[:4])}"
-            + (f" and {len(learning.targets) - 4} more" if len(learning.targets) > 4 else "")
+            f"{learning.gap:+.2g} by deciding them; targets: {_some(learning.targets)}"
         )
 
     def _verified(self, most: int) -> Iterator[str]:
         parity, fidelity = self.parity, self.fidelity
         if parity:
+            slow = [f"'{name}' {op}" for name, op in parity.float_layers.items()]
+            beside = f"; in float: {_some(slow)}" if slow else ""
+            yield (
+                f"kernels    {parity.layers - len(slow)} of {parity.layers} quantized layers in integer kernels of ONNX Runtime"
+                f"{beside}"
+            )
             yield (
                 f"parity     {parity.float_differences} of {parity.float_elements:,} elements one step off in float kernels, "
                 f"{parity.integer_differences} of {parity.integer_elements:,} in integer kernels"
@@ -243,6 +286,21 @@ def _selected(fidelity: Fidelity, name: str) -> str:
     if name in fidelity.selected_agreement:
         return f"; equal in {fidelity.selected_agreement[name]} % where both select the same"
     return ""
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
+
+
+def _plain(data: Any) -> Any:
+    """The data with null in place of the numbers that JSON has no word for."""
+    if isinstance(data, dict):
+        return {key: _plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _rest(label: str, count: int, what: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections import Counter
@@ -44,8 +45,10 @@ _AVERAGING = (
     "Resize", "Upsample", "AveragePool", "GlobalAveragePool", "Mean", "Sum", "ReduceMean", "ReduceSum", "GridSample"
 )  # fmt: skip
 OFF_GRID = 1e-3  # steps that a value which is only moved may lie beside its grid
+PRODUCT_TOLERANCE = 1e-5  # of the largest magnitude, for float results of integer sums
 LAST_BIT = 2.0**-22  # of a float32 result, and a little more
 FREE = 2  # elements per value that may be: a single tie in a small tensor is no fault
+FLOAT_LINEAR = {"Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulNBits"}
 INTEGER_LINEAR = {"QLinearConv", "QGemm", "QLinearMatMul"}
 INTEGER_OTHER = {
     *("QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax"),
@@ -78,6 +81,8 @@ class Parity:
     basic_equals_off: bool = True
     optimized_db: dict[str, float] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
+    layers: int = 0
+    float_layers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -91,6 +96,7 @@ class Fidelity:
     says how much of an output, in %, holds the huge negative numbers of a mask on both sides, beside which no error would be
     one: it is left out. `worst` names the column (feature, channel; `columns.column_axis`) of an output whose error is largest
     beside its own spread, with the signal-to-noise ratio of what varies in it: a mean, or larger columns, hide nothing there.
+    `broken` counts the elements of an output that are NaN or infinite where the float model's are numbers; no ratio holds them.
     """
 
     samples: int
@@ -99,6 +105,7 @@ class Fidelity:
     selected: dict[str, list[str]] = field(default_factory=dict)
     masked: dict[str, float] = field(default_factory=dict)
     worst: dict[str, tuple[int, float]] = field(default_factory=dict)
+    broken: dict[str, int] = field(default_factory=dict)
     selected_db: dict[str, float] = field(default_factory=dict)
     selected_agreement: dict[str, float] = field(default_factory=dict)
 
@@ -392,26 +399,37 @@ def _check_close(value: str, producer: str, ours: Tensor, theirs: np.ndarray) ->
         )
 
 
-def _simulate_integers(
-    layer: Layer, value: str, plan: Plan, quantized: Mapping[str, Quantized], inputs: Tensor
-) -> Tensor:
-    """Exact integer arithmetic of QLinearConv, QGemm and QLinearMatMul with a float32 multiplier.
+def _accumulate(
+    layer: Layer, plan: Plan, quantized: Mapping[str, Quantized], inputs: Tensor, biased: bool = True
+) -> tuple[Tensor, Tensor]:
+    """What integer kernels sum up, in float64, and what one of it stands for (broadcasts against it).
 
-    acc = sum (xq - zx) * wq + bias;  yq = clamp(round_half_even(float32(acc) * float32(s_x * s_w) / s_y) + z_y)
+    acc = sum (xq - zx) * wq + bias;  one of it is float32(s_x * s_w)
     """
-    source, output = quantized[plan.root(layer.source.name).value].qparams, quantized[plan.root(value).value]
+    source = quantized[plan.root(layer.source.name).value].qparams
     weight = quantized[layer.weight.name]
     assert weight.integers is not None
     acc = apply_linear(layer, (inputs - source.zero_point).double(), weight.integers.double())
     shape = [1] * acc.ndim
     shape[layer.output_axis] = -1
-    if layer.bias is not None:
+    if biased and layer.bias is not None:
         codes = quantized[layer.bias.name].integers
         assert codes is not None
         acc = acc + codes.double().reshape(shape)
-    multiplier = (source.scale * weight.qparams.scale) / output.qparams.scale
-    multiplier = multiplier.reshape(shape) if multiplier.ndim else multiplier
-    result = torch.round(acc.float() * multiplier) + output.qparams.zero_point
+    step = source.scale * weight.qparams.scale
+    return acc, step.reshape(shape) if step.ndim else step
+
+
+def _simulate_integers(
+    layer: Layer, value: str, plan: Plan, quantized: Mapping[str, Quantized], inputs: Tensor
+) -> Tensor:
+    """Exact integer arithmetic of QLinearConv, QGemm and QLinearMatMul with a float32 multiplier.
+
+    yq = clamp(round_half_even(float32(acc) * (step / s_y)) + z_y), with `_accumulate`'s acc and step
+    """
+    output = quantized[plan.root(value).value]
+    acc, step = _accumulate(layer, plan, quantized, inputs)
+    result = torch.round(acc.float() * (step / output.qparams.scale)) + output.qparams.zero_point
     return torch.clamp(result, output.grid.qmin, output.grid.qmax)
 
 
@@ -452,6 +470,31 @@ def _check_integer(
         parity.integer_elements += ours.numel()
 
 
+def _check_products(
+    parity: Parity,
+    layers: Mapping[str, Layer],
+    plan: Plan,
+    quantized: Mapping[str, Quantized],
+    ran: _Optimized,
+    batch: Batch,
+) -> None:
+    """Float values that integer kernels (MatMulIntegerToFloat) computed, from the integers those kernels read."""
+    wanted = {name: node for name, node in ran.products.items() if name in layers}
+    values = run(ran.session, batch, [name for node in wanted.values() for name in (node.input[0], node.output[0])])
+    for name, node in wanted.items():
+        layer, codes = layers[name], torch.from_numpy(values[node.input[0]]).int()
+        acc, step = _accumulate(layer, plan, quantized, codes, biased=len(node.input) > 6 and bool(node.input[6]))
+        expected, found = acc * step.double(), torch.from_numpy(values[node.output[0]]).double()
+        apart = (expected - found).abs() > PRODUCT_TOLERANCE * expected.abs().max()
+        if bool(apart.any()):
+            raise VerificationError(
+                f"node '{name}': {node.op_type} and exact integer arithmetic differ in {int(apart.sum())} of "
+                f"{found.numel()} elements; this is a bug, please report it with the model"
+            )
+        parity.integer_values += 1
+        parity.integer_elements += found.numel()
+
+
 def _check_fused(parity: Parity, student: Mirror, plan: Plan, ran: _Optimized, batch: Batch) -> None:
     """Values of other integer kernels against the mirror: these kernels round on their own, so differences are reported."""
     values = ran.run(batch)
@@ -482,7 +525,14 @@ class _Optimized:
             optimized = onnx.load(path, load_external_data=False)
             made = {output: node for node in optimized.graph.node for output in node.output}
             self.names = {value: codes for value, codes in names.items() if codes in made}
-            exposed = _exposing(optimized, sorted(set(self.names.values())))
+            # A fusion calls its node after the one it fuses: "fused NAME", "NAME/MatMulAddFusion".
+            nodes = [(re.sub(r"^fused |/MatMulAddFusion$", "", node.name), node) for node in optimized.graph.node]
+            self.float_linear = {name: node.op_type for name, node in nodes if node.op_type in FLOAT_LINEAR}
+            self.products = {
+                name: node for name, node in nodes if node.op_type == "MatMulIntegerToFloat" and node.input[0] in made
+            }
+            more = {name for node in self.products.values() for name in (node.input[0], node.output[0])}
+            exposed = _exposing(optimized, sorted({*self.names.values(), *more}))
             self.session = session(exposed, "off", threads, folder=path.parent)
         self.producers = {}
         for value, codes in self.names.items():
@@ -523,6 +573,9 @@ def check_parity(
     noise = _Noise()
     optimized = _Optimized(written, names, threads, folder)
     parity.kernels = optimized.kernels
+    by_name = {layer.node.name: layer for layer in layers if layer.weight.name in plan}
+    parity.layers = len(by_name)
+    parity.float_layers = {name: optimized.float_linear[name] for name in by_name if name in optimized.float_linear}
     ends = _layers_by_value(layers, plan)
     with torch.no_grad():
         for batch in batches:
@@ -531,6 +584,7 @@ def check_parity(
             outputs = run(plain, batch)
             _check_float(parity, student, plan, batch, theirs, outputs)
             _check_integer(parity, ends, plan, quantized, optimized, batch)
+            _check_products(parity, by_name, plan, quantized, optimized, batch)
             _check_fused(parity, student, plan, optimized, batch)
             _check_basic(parity, outputs, run(basic, batch), plan)
             noise.add(outputs, run(full, batch))
@@ -687,7 +741,9 @@ def measure_fidelity(
             behind.add(batch, given)
     agreement = agreeing.percent() | dict.fromkeys(noise.silent(), 100.0)
     sources = {name: list(values) for name, values in selected.items()}
-    fidelity = Fidelity(samples, noise.decibels(), agreement, sources, noise.masked(), noise.worst_columns())
+    fidelity = Fidelity(
+        samples, noise.decibels(), agreement, sources, noise.masked(), noise.worst_columns(), noise.broken
+    )
     if behind:
         fidelity.selected_db = behind.of(behind.noise.decibels())
         fidelity.selected_agreement = behind.of(behind.equal.percent())
@@ -695,10 +751,13 @@ def measure_fidelity(
 
 
 def distances(expected: Batch, found: Batch) -> dict[str, float]:
-    """Signal-to-noise ratio (dB) of every float output of one batch; of those whose shapes differ there is none."""
+    """Signal-to-noise ratio (dB) of every float output of one batch; of those whose shapes differ there is none.
+
+    It is -inf where one holds NaN or infinity in place of a number.
+    """
     noise = _Noise()
     noise.add(expected, found)
-    return noise.decibels()
+    return noise.decibels() | dict.fromkeys(noise.broken, -math.inf)
 
 
 def _agreeing(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray | None:
@@ -714,6 +773,7 @@ class _Noise:
     def __init__(self) -> None:
         self.signal: dict[str, float] = {}
         self.noise: dict[str, float] = {}
+        self.broken: dict[str, int] = {}  # elements that are numbers on the first side alone
         self.left_out: dict[str, tuple[int, int]] = {}  # elements that are masked, of how many
         self.columns: dict[str, _Spreads] = {}
 
@@ -726,7 +786,10 @@ class _Noise:
             masked = both_ruled_out(a, b)  # beside such numbers no error would be one
             some, total = self.left_out.get(name, (0, 0))
             self.left_out[name] = some + int(masked.sum()), total + masked.size
-            error = np.subtract(a, b, out=np.zeros_like(a), where=(a != b) & ~masked & ~(np.isnan(a) & np.isnan(b)))
+            numbers = np.isfinite(a) & np.isfinite(b)
+            error = np.subtract(a, b, out=np.zeros_like(a), where=numbers & ~masked)
+            if broken := int((np.isfinite(a) & ~numbers & ~masked).sum()):
+                self.broken[name] = self.broken.get(name, 0) + broken
             self.signal[name] = self.signal.get(name, 0.0) + float((a[np.isfinite(a) & ~masked] ** 2).sum())
             self.noise[name] = self.noise.get(name, 0.0) + float((error**2).sum())
             self.columns.setdefault(name, _Spreads()).add(a, error, bool(masked.any()))
