@@ -202,13 +202,16 @@ def solving_bytes(layer: Layer) -> int:
     return 8 * groups * unknowns * (6 * unknowns + 3 * len(SHARES) * rows)
 
 
-def solve(rows: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
-    """Ridge regression drawn to `rows`: the best weights [groups, R, K] and the damped covariance [groups, K, K]."""
+def solve(rows: Tensor, moments: Moments, caution: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Ridge regression drawn to `rows`: the best weights [groups, R, K] and the damped covariance [groups, K, K].
+
+    `caution`: by how many times more than usual it is drawn.
+    """
     mean_x, mean_y = moments.x / moments.count, moments.y / moments.count
     xx = moments.xx / moments.count - mean_x[:, :, None] * mean_x[:, None, :]
     yx = moments.yx / moments.count - mean_y[:, :, None] * mean_x[:, None, :]
     size = xx.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
-    share = DAMPING * (1 + FEW * rows.shape[2] / moments.count)
+    share = DAMPING * (1 + FEW * rows.shape[2] / moments.count + caution)
     damped = xx + (share * size)[:, None, None] * torch.eye(rows.shape[2], dtype=xx.dtype, device=xx.device)
     return rows + torch.linalg.solve(damped, (yx - rows @ xx).mT).mT, damped
 
@@ -392,6 +395,7 @@ def compensate(
     batches: Sequence[Sequence[Tensor]],
     importance: Importance | None = None,
     decisions: Collection[str] = (),
+    caution: float = 0.0,
 ) -> list[str]:
     """Set weights, weight scales and biases of the student layer by layer, from the input on.
 
@@ -406,6 +410,7 @@ def compensate(
         batches: network inputs, one sequence of tensors per batch; all batches are held at once.
         importance: by layer output, what each of its positions counts, per batch: `hessian.position_importance`.
         decisions: values that the student takes over from the teacher: `outputs.decisions`.
+        caution: as for `solve`.
 
     Returns:
         The names of the weights that were solved.
@@ -423,7 +428,7 @@ def compensate(
                 continue
             if moments.is_cancelling:  # channels that hardly vary: once more, about their means
                 moments = sums(_pairs(layer, ours, theirs, weight), origin=moments.means)
-            _settle(layer, student, teacher, moments)
+            _settle(layer, student, teacher, moments, caution)
             solved.append(layer.weight.name)
     return solved
 
@@ -436,12 +441,12 @@ def _pairs(layer: Layer, ours: Lockstep, theirs: Lockstep, weight: Tensor) -> It
         yield ours.value(quantized, mine), apply_linear(layer, theirs.value(exact, its), weight)
 
 
-def _settle(layer: Layer, student: Mirror, teacher: Mirror, moments: Moments) -> None:
+def _settle(layer: Layer, student: Mirror, teacher: Mirror, moments: Moments, caution: float) -> None:
     """Solve and round one layer, and give its bias the mean error that is left."""
     weight, quantizer = teacher.constant(layer.weight.name), student.quantizer(layer.weight.name)
     assert isinstance(quantizer, Quantizer)
     grid = quantizer.point.grid
-    rows, covariance = solve(as_rows(layer, weight).double(), moments)
+    rows, covariance = solve(as_rows(layer, weight).double(), moments, caution)
     start = quantizer.scale.double().expand(
         weight.shape[grid.axis] if grid.axis is not None else rows.shape[:2].numel()
     )

@@ -35,6 +35,7 @@ Feed = dict[str, Array]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 CHANNEL_AXIS = {"nchw": 1, "nhwc": 3}
+OFFSET = 3.0  # times its width that the range of an image may lie beside 0
 LEAST_SIDE = 16  # of an image that comes without an axis of samples
 FAR, FEW = 20.0, 0.1  # times the median by which a sample stands out, and the share of samples that can
 ACCEPTED = "a folder of images, of .npy or .npz files or of ONNX test_data_set_* folders, an .npy file or an .npz file"
@@ -425,8 +426,20 @@ def _kind(path: Path) -> str | None:
     return "image" if suffix in IMAGE_SUFFIXES else suffix if suffix in (".npy", ".npz") else None
 
 
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files in a folder and those below, linked ones too; each folder once, so that links may go in circles."""
+    seen: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (path for name in names if (path := Path(root, name)).is_file())
+
+
 def _find_in_folder(folder: Path, inputs: Sequence[InputSpec], preprocess: Preprocess) -> _Found:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(_files_below(folder))
     usable = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     kinds = Counter(kind for path in usable if (kind := _kind(path)))
     if not kinds:
@@ -742,6 +755,8 @@ def implausible(spec: InputSpec, fed: FeedRange, *, raw: bool = False, arrays: b
     # A range up to 1/255 is what scaling twice leaves; 20 is far outside every normalised range.
     if fed.max - fed.min < 1e-6:
         return f"{seen}: all equal; check the data"
+    if min(abs(fed.min), abs(fed.max)) > OFFSET * (fed.max - fed.min) and fed.min * fed.max > 0:
+        return f"{seen}, far from 0 beside how much they vary; check --mean and --std, which apply after the scale"
     if fed.max - fed.min < 5e-3:
         return f"{seen}, which looks scaled twice; check --scale and --std"
     if max(abs(fed.min), abs(fed.max)) > 300:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onnx_eptq import checkpoint, hessian, islands, pieces
+from onnx_eptq import checkpoint, heldout, hessian, islands, pieces
 from onnx_eptq.calibrate import fit_biases
 from onnx_eptq.checkpoint import State
 from onnx_eptq.compensate import compensate
@@ -41,12 +41,12 @@ from onnx_eptq.rounding import (
 )
 from onnx_eptq.views import count_views, with_views
 
-HELD_SHARE, HELD_MOST, HELD_LEAST = 8, 128, 8  # one sample in eight is held out to judge by, within these bounds
-HELD_SHARE_OF_FEW, HELD_ENOUGH = 4, 64  # but one in four up to so many: fewer cannot tell candidates apart
+SCARCE = 32  # different samples to learn from; below, a more cautious start is tried, too
+CAUTION = 100.0  # how much more solved weights are drawn to the float ones then, per sample
 # Standard errors by which learning must beat where it began: the luckiest of all its checks is compared with the luckier
 # of two starts, which is worth about so much.
 LUCK = 0.5
-STARTS = ("rtn", "compensated", "weighted")
+STARTS = ("rtn", "compensated", "weighted", "cautious")
 SPREADS = 8.0  # standard deviations of a channel that its bias is learned in units of, at most
 CHECKS = 8  # times per network-wide stage that the held-out samples are looked at
 CHECK_STEPS = 5  # steps between two such looks, at least: one costs as much as one or two steps
@@ -94,7 +94,11 @@ class Problem:
 
 @dataclass
 class Learning:
-    """What learning has to say: held-out distances (0: as the float model), rest of soft rounding, loss curves."""
+    """What learning has to say: held-out distances (0: as the float model), rest of soft rounding, loss curves.
+
+    `held_out` samples were judged by, none of them if there were too few to learn from others; `different` is how many samples
+    there are that are no copies of others, nor nearly.
+    """
 
     distances: dict[str, float] = field(default_factory=dict)
     kept: str = "rtn"
@@ -102,6 +106,8 @@ class Learning:
     gap: float = 0.0
     targets: list[str] = field(default_factory=list)
     steps: int = 0
+    held_out: int = 0
+    different: int = 0
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
 
@@ -224,17 +230,6 @@ def divergence(found: Tensor, expected: Tensor, axis: int = 1, reduction: str = 
     """
     ours, theirs = (F.log_softmax(z.movedim(axis, -1).reshape(-1, z.shape[axis]), 1) for z in (found, expected))
     return F.kl_div(ours, theirs, log_target=True, reduction=reduction)
-
-
-def split(samples: Sequence[Tensor], seed: int, multiple: int = 1) -> tuple[list[Tensor], list[Tensor]]:
-    """Samples to learn from and samples to judge by, multiples of `multiple`; with very few samples, both are all of them."""
-    count = len(samples[0]) // multiple * multiple
-    wanted = max(count // HELD_SHARE, min(count // HELD_SHARE_OF_FEW, HELD_ENOUGH), HELD_LEAST)
-    held = -(-min(wanted, HELD_MOST) // multiple) * multiple
-    order = torch.randperm(len(samples[0]), generator=torch.Generator().manual_seed(seed))[:count]
-    if held * 2 > count:
-        return [x[order] for x in samples], [x[order] for x in samples]
-    return [x[order[held:]] for x in samples], [x[order[:held]] for x in samples]
 
 
 @dataclass
@@ -698,7 +693,12 @@ class Learner:
     ) -> None:
         self.problem, self.student, self.saved, self.resume = problem, student, saved, resume
         self.learning = Learning(targets=learning_targets(problem.graph))
-        samples, held = split(problem.samples, problem.seed, problem.multiple)
+        scenes = heldout.scenes(problem.samples)
+        index, judging = heldout.split(scenes, problem.seed, problem.multiple)
+        samples, held = ([x[chosen] for x in problem.samples] for chosen in (index, judging))
+        self.scenes = [scenes[i] for i in index.tolist()]
+        self.learning.different = len(set(scenes))
+        self.learning.held_out = 0 if torch.equal(index, judging) else len(judging)
         self.images = len(samples[0])  # views come behind them; the closed-form start needs samples as they really are
         problem.samples = with_views(samples, count_views(samples, problem.views, problem.cache_bytes), problem.seed)
         self.judge = Judge(
@@ -779,9 +779,15 @@ class Learner:
             starts["compensated"] = {}
         rounded = {key: value.clone() for key, value in self.student.state_dict().items()}
         selected = decisions(problem.graph)
+        different = len(set(self.scenes[:few]))
+        caution = dict.fromkeys(starts, 0.0)
+        if different < SCARCE:  # positions of one sample are alike, and are no equations of their own
+            starts["cautious"], caution["cautious"] = importance, CAUTION / different
         for name, counts in starts.items():
             self.student.load_state_dict(rounded)
-            compensate(self.student, problem.teacher, problem.plan, problem.layers, batches, counts, selected)
+            compensate(
+                self.student, problem.teacher, problem.plan, problem.layers, batches, counts, selected, caution[name]
+            )
             fit_biases(self.student, problem.plan)
             self._keep(name)
 

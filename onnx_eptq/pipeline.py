@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,6 +27,7 @@ from onnx_eptq import (
     columns,
     compensate,
     eptq,
+    heldout,
     hessian,
     mirror,
     pieces,
@@ -159,22 +161,49 @@ def quantize(
     saved = None if output is None else Path(f"{os.fspath(output)}.checkpoint")
     if resume and saved is not None and saved.exists():
         checkpoint.check_settings(saved, job.config.model_dump(mode="json"))
-    stats = None
-    if job.groups:
-        mixed, stats = explored(job, phases)
-        job.plan, job.report.allocation = mixed.choose(**job.config.budgets)
-        describe_plan(job)
-        equalized(job, phases)
-        if not graphs.same_constants(job.graph, mixed.graph):  # evened out otherwise, for these widths
-            stats = None
-    ready = calibrated(job, phases, stats)
-    if job.config.method != "rtn":
-        learned(job, ready, saved, resume, phases)
+    with naming_samples(job):
+        stats = None
+        if job.groups:
+            mixed, stats = explored(job, phases)
+            job.plan, job.report.allocation = mixed.choose(**job.config.budgets)
+            describe_plan(job)
+            equalized(job, phases)
+            if not graphs.same_constants(job.graph, mixed.graph):  # evened out otherwise, for these widths
+                stats = None
+        ready = calibrated(job, phases, stats)
+        if job.config.method != "rtn":
+            learned(job, ready, saved, resume, phases)
     written = finish(job, ready.student, output, phases)
     if saved is not None and job.config.method != "rtn":
         saved.unlink(missing_ok=True)
     job.report.seconds = phases.seconds
     return Result(written, job.plan, job.report)
+
+
+@contextmanager
+def naming_samples(job: Job) -> Iterator[None]:
+    """Tell which samples the model cannot compute (a token beyond a table), if it is they that something failed by.
+
+    Raises:
+        DataError: There are some; that the first sample can be computed is known.
+    """
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        teacher, count = mirror.build(job.graph).to(job.config.device), 0
+        for batch in job.batches:
+            last = count + (1 if mirror.feeds_whole(job.graph) else len(next(iter(batch.values()))))
+            try:
+                with torch.no_grad():
+                    teacher(*calibrate.feed(teacher, batch))
+            except (IndexError, RuntimeError) as found:
+                where = f"sample {count}" if last == count + 1 else f"samples {count} to {last - 1}"
+                reason = str(found).splitlines()[0]
+                raise DataError(
+                    f"the model cannot compute {where} of those used: {reason}; check their values"
+                ) from error
+            count = last
+        raise
 
 
 def begin(
@@ -442,9 +471,10 @@ def describe_data(job: Job) -> None:
         if spec.name in seen and seen[spec.name].size:
             fed = sources.feed_range({spec.name: seen[spec.name]})[spec.name]
             report.fed[spec.name] = [float(number) for number in fed]
-            report.warnings += [
-                text for text in [sources.implausible(spec, fed, raw=raw, arrays=not job.batches.are_images)] if text
-            ]
+            hint = sources.implausible(spec, fed, raw=raw, arrays=not job.batches.are_images)
+            if hint is None and spec.dtype.kind == "f" and fed.min == fed.max and report.samples > 1:
+                hint = f"input '{spec.name}' was fed nothing but {fed.min:.4g}: its range is a guess; give samples that fill it"
+            report.warnings += [hint] if hint else []
     if report.samples < 32:
         report.warnings.append(f"only {report.samples} calibration samples; a few hundred give better ranges")
 
@@ -607,7 +637,19 @@ def estimate(job: Job) -> dict[str, float]:
     method, effort = METHODS[job.config.method], sized_effort(job)
     learning = learning_cost(job, method, effort) * spent / job.batches.batch_size if method.stages else 0.0
     values = sum(count * size for count, size in job.counts.values()) * job.batches.num_samples
-    held = 2 * min(job.config.cache_mb, values / 2**20) if method.stages else 0
+    held = 2 * min(job.config.cache_mb, values / 2**20) if method.stages else 0.0
+    if job.config.calibration == "hmse":  # gradients of all activations, before anything is learned
+        kept = sum(
+            job.counts[value][0]
+            for value, point in job.plan.items()
+            if point.role == "activation" and value in job.counts
+        )
+        each = GRADIENT_BYTES * kept
+        gradients = min(RANGE_BATCH, max(1, RANGE_BYTES // max(1, round(each)))) * each / 2**20
+        held = max(held, gradients if gradients <= job.config.cache_mb else 0.0)
+    if method.stages:  # the samples themselves, and those of a batch order
+        inputs = sum(array.nbytes for array in next(job.batches.samples()).values())
+        held += 2 * min(job.batches.num_samples, most_samples(method, effort)) * inputs / 2**20
     held += min(calibrate.KEPT * 4 / 2**20, candidates * model_mb)
     if method.start == "compensated":
         held += max((compensate.solving_bytes(layer) for layer in job.layers), default=0) / 2**20
@@ -919,9 +961,11 @@ def explore(
 
 def load_samples(teacher: mirror.Mirror, batches: Feed) -> list[torch.Tensor]:
     """All samples, one tensor per network input, on the mirror's device; images channels last, which convolves faster."""
-    parts = [calibrate.feed(teacher, batch) for batch in batches]
-    samples = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
-    return [x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for x in samples]
+    parts = [
+        [x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for x in calibrate.feed(teacher, batch)]
+        for batch in batches
+    ]
+    return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
 
 def fitted_batch(job: Job, most: int) -> int:
@@ -985,18 +1029,25 @@ def can_map(job: Job, ready: Ready, samples: Sequence[torch.Tensor]) -> bool:
     return all(pieces.can_map(mirror, samples) for mirror in (teacher, ready.student))
 
 
+def most_samples(method: Method, effort: Effort) -> int:
+    """Samples that learning and its judge can look at: more are not loaded."""
+    drawn = sum(max(1, round(effort.steps * stage.share)) for stage in method.stages) * effort.batch
+    return max(effort.samples, drawn) + heldout.MOST
+
+
 def learning_problem(job: Job, ready: Ready, method: Method | None = None) -> eptq.Problem:
     """What `eptq.Learner` learns from; `method` other than the one asked for is for experiments."""
     config, alone = job.config, runs_alone(job, ready.graph)
-    samples = load_samples(ready.teacher, ready.batches)
+    method, effort = method or METHODS[config.method], effort_for(job, ready)
+    samples = load_samples(ready.teacher, ready.batches.subset(most_samples(method, effort), config.seed))
     return eptq.Problem(
         ready.graph,
         job.plan,
         linear_layers(ready.graph),
         ready.teacher,
         samples,
-        method or METHODS[config.method],
-        effort_for(job, ready),
+        method,
+        effort,
         seed=config.seed,
         multiple=job.batches.batch_size if has_fixed_batch(job) else 1,
         chunk=job.batches.batch_size if alone else 0,
@@ -1012,9 +1063,10 @@ def learning_problem(job: Job, ready: Ready, method: Method | None = None) -> ep
 def learned(job: Job, ready: Ready, saved: Path | None, resume: bool, phases: Phases) -> None:
     """Learn the student's rounding, scales and biases; it stays as it is where nothing better is found."""
     problem = learning_problem(job, ready)
+    count = len(problem.samples[0])
     parts: list[bytes | str] = [onnx_eptq.__version__, job.plan.to_json(), *source_parts(job)]
-    parts += [x.cpu().numpy().tobytes() for x in problem.samples]
-    mark = checkpoint.mark(job.config.model_dump(mode="json"), parts)
+    rows = (row.cpu().contiguous().numpy().tobytes() for x in problem.samples for row in x)  # one copy at a time
+    mark = checkpoint.mark(job.config.model_dump(mode="json"), itertools.chain(parts, rows))
     state = None
     if resume and saved is not None and saved.exists():
         state = checkpoint.load(saved, mark)
@@ -1033,7 +1085,8 @@ def learned(job: Job, ready: Ready, saved: Path | None, resume: bool, phases: Ph
         if saved is not None and saved.exists():
             phases.note("--resume goes on with what was learned so far")
         raise
-    job.report.learning = learner.learning
+    job.report.learning = learning = learner.learning
+    job.report.warn(*remarks.judged_on_little(learning, count))
     if learner.learning.kept == "rtn":
         job.report.warnings.append(
             "learning found nothing better than plain rounding by more than chance; that is kept"
@@ -1070,6 +1123,10 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
                 mirror.feeds_whole(job.graph),
                 decisions(job.graph),
             )
+        shares = {
+            tensor.name for tensor in job.graph.outputs if is_score(tensor)
+        }  # of a rare class: small, as they should be
+        report.fidelity.worst = {name: found for name, found in report.fidelity.worst.items() if name not in shares}
         narrow = any(point.grid.bits < 8 for point in job.plan.values())
         losses = remarks.low_fidelity(
             report.fidelity, "try more bits" if narrow else remarks.AT_MOST, report.coverage.float_values

@@ -10,6 +10,7 @@ import onnx
 
 from onnx_eptq import verify
 from onnx_eptq.config import Config
+from onnx_eptq.eptq import Learning
 from onnx_eptq.methods import METHODS
 from onnx_eptq.mixed import BUDGETS
 from onnx_eptq.report import Report
@@ -20,6 +21,7 @@ HARMLESS_SQNR = 40.0  # dB; above, an error is as small as that of one rounding 
 LOW_AGREEMENT = 75.0  # %; below, the largest score is another one too often
 AT_MOST = "try to keep the first or last layers float (--keep-float)"  # where all have 8 bits
 LOW_COLUMN, HIDDEN = 6.0, 30.0  # dB of one column that are low, and how many more of the whole output hide it
+REPEATED = 0.75  # share of samples that are different from all others; below, it is said
 LOW_SQNR = 6.0  # dB; below, outputs differ from the float model's by half their size
 PARITY_TEXT = 128  # characters of the file's word on its verification: its size is known before it is verified
 # The file's other words on itself fill multiples of so many characters: equal plans give files of one size, however asked for.
@@ -71,6 +73,22 @@ def low_fidelity(fidelity: verify.Fidelity, advice: str, floats: Collection[str]
                 f"output '{name}': what varies in column {index} is only {decibel} dB from the float model's, which the "
                 f"{whole} dB of all columns hide; {cure}"
             )
+    return found
+
+
+def judged_on_little(learning: Learning, samples: int) -> list[str]:
+    """A warning where what was learned could hardly be judged: of too few samples, or of copies."""
+    found = []
+    if learning.different < REPEATED * samples:
+        found.append(
+            f"of {samples} samples only {learning.different} are different, the others being copies of them or nearly: learning "
+            "needs what the model meets in use"
+        )
+    if not learning.held_out:
+        found.append(
+            f"{samples} samples are too few to hold some out: nothing says that what was learned is better than plain rounding "
+            "on others; give more, or --method rtn"
+        )
     return found
 
 

@@ -240,7 +240,8 @@ class Report:
         steps = ", ".join(f"{name} {distance:.4g}" for name, distance in learning.distances.items())
         best = min(learning.distances, key=learning.distances.__getitem__, default=learning.kept)
         why = "" if best == learning.kept else f", as {best} may be better by chance alone"
-        yield f"learned    distance from the float model on held-out samples: {steps}; kept: {learning.kept}{why}"
+        where = "held-out samples" if learning.held_out else "the samples learned from, as none could be held out"
+        yield f"learned    distance from the float model on {where}: {steps}; kept: {learning.kept}{why}"
         yield (
             f"           {learning.steps} steps, {100 * learning.undecided:.1f} % of roundings undecided at the end, "
             f"{learning.gap:+.2g} by deciding them; targets: {_some(learning.targets)}"

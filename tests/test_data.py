@@ -442,6 +442,17 @@ def test_folders_are_searched_in_order_and_other_files_counted(tmp_path):
     assert open_data(tmp_path, image_input(None, 3, 4, 4)).num_samples == 3
 
 
+def test_linked_folders_are_searched_once(tmp_path):
+    data, more = tmp_path / "data", tmp_path / "more"
+    picture(data / "cat" / "a.png")
+    picture(more / "b.png")
+    (data / "dog").symlink_to(more)
+    (more / "circle").symlink_to(more)
+    (more / "back").symlink_to(data)
+    (data / "gone").symlink_to(tmp_path / "nowhere")
+    assert open_data(data, image_input(None, 3, 4, 4)).num_samples == 2
+
+
 # --- streaming ---
 
 
@@ -764,6 +775,7 @@ def test_feed_range():
         (0.5, 0.5, "all equal; check the data"),
         (-2, 1111, "beyond any pixel; check --scale, --mean and --std"),
         (-5000, 2, "beyond any pixel"),
+        (-2.12, -1.79, "far from 0 beside how much they vary; check --mean and --std"),
         *(
             (low, high, None)
             for low, high in ((0, 1), (-1, 1), (-2.2, 2.7), (-124, 151), (0.2, 0.3), (0, 6), (-0.4, 2.9))

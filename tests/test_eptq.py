@@ -391,19 +391,6 @@ def test_one_lucky_sample_does_not_replace_the_start():
     assert learner.learning.kept == "2 network/frozen"
 
 
-def test_samples_are_split_by_seed():
-    x = torch.arange(160.0)[:, None]
-    (kept,), (held,) = eptq.split([x], 0)
-    assert sorted(torch.cat([kept, held]).flatten().tolist()) == x.flatten().tolist()
-    assert len(held) == 40
-    assert torch.equal(eptq.split([x], 0)[0][0], kept)
-    assert not torch.equal(eptq.split([x], 1)[0][0], kept)
-    (kept,), (held,) = eptq.split([x[:10]], 0)
-    assert torch.equal(kept, held)
-    counts = {40: 10, 200: 50, 256: 64, 400: 64, 640: 80, 1024: 128, 9000: 128}
-    assert {n: len(eptq.split([torch.zeros(n, 1)], 0)[1][0]) for n in counts} == counts
-
-
 # ---- one piece, before and while it learns
 
 

@@ -151,10 +151,10 @@ def test_residual_block():
     assert activations == ["image", "b", "c", "e", "f", "g", "logits"]  # not the inputs of the two Relus
 
 
-def test_clip_gives_limits_and_relu_does_not():
+def test_clip_and_relu_give_limits():
     plan = plan_of("depthwise")
     assert plan["b"].limits == plan["d"].limits == (0.0, 6.0)
-    assert plan_of("residual")["b"].limits == (None, None)
+    assert plan_of("residual")["b"].limits == (0.0, None)
     assert plan_of("matmul")["shares"].limits == (0.0, 1.0)
 
 

@@ -12,7 +12,7 @@ import models
 import onnx_eptq
 from models import cached, f32, i64, parse, weights
 from onnx_eptq import remarks
-from onnx_eptq.errors import CoverageError, VerificationError
+from onnx_eptq.errors import CoverageError, DataError, VerificationError
 from onnx_eptq.plan import UNPLANNED, Plan, Rules, explained
 from onnx_eptq.remarks import low_fidelity
 from onnx_eptq.report import MAX_LINES, measure_coverage
@@ -239,3 +239,32 @@ def test_what_a_given_plan_leaves_out_is_listed_and_what_it_holds_is_not():
     assert told.floats == {dropped: UNPLANNED}
     assert dict(told) == dict(plan)
     assert measure_coverage(found.graph, told).float_values[dropped] == UNPLANNED
+
+
+# ---- data
+
+
+def test_an_input_that_never_varies_is_told_of():
+    text = "(float[N,16] x, float[N,16] z) => (float[N,5] y) { v = Add(x, z) h = MatMul(v, w1) y = MatMul(h, w2) }"
+    data = {"x": RNG.standard_normal((40, 16)).astype(np.float32), "z": np.zeros((40, 16), np.float32)}
+    warnings = rtn(parse(text, **ENDS), data).report.warnings
+    assert [text for text in warnings if "nothing but" in text] == [
+        "input 'z' was fed nothing but 0: its range is a guess; give samples that fill it"
+    ]
+
+
+def test_a_sample_that_the_model_cannot_compute_is_named():
+    text = f"(int64[N,3] ids) => (float[N,5] y) {{ e = Gather(table, ids) v = ReduceMean <keepdims=0> (e, one) {HEAD}"
+    ids = RNG.integers(0, 50, (64, 3))
+    ids[41, 1] = 50  # behind the table's end
+    with pytest.raises(DataError, match=r"cannot compute samples 32 to 63 of those used: .*check their values"):
+        rtn(parse(text, table=W(50, 16), one=i64(1), **ENDS), {"ids": ids})
+
+
+def test_a_small_column_of_shares_is_no_fault():
+    text = "(float[N,16] x) => (float[N,6] y) { v = Relu(x) h = MatMul(v, w1) l = MatMul(h, w2) s = Add(l, rare) y = Softmax(s) }"
+    rare = np.array([0, 0, 0, 0, 0, -9], np.float32)
+    report = rtn(
+        parse(text, w1=W(16, 16), w2=W(16, 6), rare=rare), RNG.standard_normal((64, 16)).astype(np.float32)
+    ).report
+    assert report.fidelity.worst == {}

@@ -1,0 +1,101 @@
+"""Which samples are learned from, and which are held out to judge by."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SHARE, MOST, LEAST = 8, 128, 8  # one sample in eight is held out, within these bounds
+SHARE_OF_FEW, ENOUGH = 4, 64  # but one in four up to so many: fewer cannot tell candidates apart
+# Part of the usual squared distance of two samples up to which one is a copy of the other, or the next frame of one scene.
+# Different pictures, clips and digits were never nearer than 0.007.
+NEAR = 0.005
+LEAST_ELEMENTS = 64  # of a sample, from which on it can be near another by no chance
+PROJECTED = 128  # numbers that stand for a sample in comparisons
+COMPARED = 512  # samples at a time
+
+
+def split(of: Sequence[int], seed: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Indices of the samples to learn from and of those to judge by, multiples of `multiple`.
+
+    `of` tells the scene of each sample, as `scenes` finds it: what is alike comes to one side, as who learned from a sample is
+    no judge of its copy. Of few, half are held out. Where there is but one, or no more than the model takes together, both are
+    all of them.
+    """
+    count = len(set(of))
+    wanted = max(count // SHARE, min(count // SHARE_OF_FEW, ENOUGH), LEAST)
+    wanted = -(-min(wanted, MOST) // multiple) * multiple
+    if wanted * 2 > count:
+        wanted = max(count // multiple // 2, 1) * multiple
+    order = torch.randperm(len(of), generator=torch.Generator().manual_seed(seed))[: len(of) // multiple * multiple]
+    chosen: set[int] = set()
+    for place in order.tolist():
+        if len(chosen) < wanted:
+            chosen.add(of[place])
+    out = torch.tensor([of[place] in chosen for place in order.tolist()], dtype=torch.bool)
+    learned, held = order[~out], order[out][: max(MOST, wanted)]
+    learned, held = (side[: len(side) // multiple * multiple] for side in (learned, held))
+    return (learned, held) if len(learned) and len(held) else (order, order)
+
+
+def scenes(samples: Sequence[Tensor]) -> list[int]:
+    """Per sample the first one that it is a copy of, or nearly: repeated data, the frames of one scene.
+
+    Where everything would be one scene, only copies count, and where all are copies, nothing does.
+    """
+    count = len(samples[0])
+    of = _near(samples) if all(x.is_floating_point() for x in samples) else _copies(samples)
+    if len(set(of)) < 2:
+        of = _copies(samples)
+    return of if len(set(of)) > 1 else list(range(count))
+
+
+def _copies(samples: Sequence[Tensor]) -> list[int]:
+    seen: dict[bytes, int] = {}
+    found = []
+    for index in range(len(samples[0])):
+        digest = hashlib.blake2b(digest_size=16)
+        for x in samples:
+            digest.update(x[index].contiguous().cpu().numpy().tobytes())
+        found.append(seen.setdefault(digest.digest(), index))
+    return found
+
+
+def _near(samples: Sequence[Tensor]) -> list[int]:
+    """As `scenes`: whoever is near to one of a scene belongs to it."""
+    if sum(x[0].numel() for x in samples) < LEAST_ELEMENTS:
+        return _copies(samples)
+    points = torch.cat([_sketch(x) for x in samples], 1)
+    usual = 2 * float(points.var(0).sum()) if len(points) > 1 else 0.0
+    powers = points.square().sum(1)
+    of = list(range(len(points)))
+    for start in range(0, len(points), COMPARED):
+        rows = slice(start, start + COMPARED)
+        apart = torch.cdist(points[rows], points[: start + COMPARED]).square()
+        # Quiet clips are near to each other beside loud ones: they are measured by their own size.
+        limit = NEAR * (powers[rows, None] + powers[None, : start + COMPARED]).clamp(max=usual)
+        for i, j in (apart <= limit).nonzero().tolist():
+            if j < start + i and of[start + i] != of[j]:
+                low, high = sorted((of[start + i], of[j]))
+                of = [low if scene == high else scene for scene in of]
+    return of
+
+
+def _sketch(x: Tensor) -> Tensor:
+    """Numbers whose squared distances are, about, those of the samples in units of their spread; [samples, at most PROJECTED].
+
+    Sums of elements with random signs (Charikar, Chen and Farach-Colton 2002), so that images are not copied.
+    """
+    size = x[0].numel()
+    signs = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    rows = []
+    for sample in x:
+        signed = sample.reshape(-1).float().cpu() * signs
+        rows.append(F.pad(signed, (0, -size % PROJECTED)).reshape(-1, PROJECTED).sum(0).double())
+    points = torch.stack(rows)
+    spread = points.var(0).sum().sqrt() if len(rows) > 1 else torch.ones(())
+    return points / spread.clamp(min=1e-30)

@@ -1,0 +1,107 @@
+"""Which samples are held out: different ones than are learned from, if there are such, and as many as tell candidates apart."""
+
+import numpy as np
+import pytest
+import torch
+
+import models
+import onnx_eptq
+from models import cached
+from onnx_eptq.eptq import SCARCE, Learner
+from onnx_eptq.heldout import scenes, split
+from onnx_eptq.plan import Rules
+
+DRAW = np.random.default_rng(70)
+
+
+def images(count: int, size: int = 8) -> torch.Tensor:
+    """Smooth ones, which are more alike than noise."""
+    coarse = torch.from_numpy(DRAW.standard_normal((count, 3, 2, 2)).astype(np.float32))
+    return torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
+
+
+def test_samples_are_split_by_seed():
+    of = list(range(160))
+    learned, held = split(of, 0)
+    assert sorted(torch.cat([learned, held]).tolist()) == of
+    assert len(held) == 40
+    assert torch.equal(split(of, 0)[0], learned)
+    assert not torch.equal(split(of, 1)[0], learned)
+    counts = {2: 1, 3: 1, 10: 5, 15: 7, 16: 8, 40: 10, 200: 50, 256: 64, 400: 64, 640: 80, 1024: 128, 9000: 128}
+    assert {n: len(split(list(range(n)), 0)[1]) for n in counts} == counts
+
+
+@pytest.mark.parametrize(
+    ("count", "multiple", "learned", "held"), [(256, 8, 192, 64), (100, 8, 64, 32), (64, 32, 32, 32), (96, 32, 64, 32)]
+)
+def test_a_model_that_takes_several_together_gets_as_many(count, multiple, learned, held):
+    sides = split(list(range(count)), 3, multiple)
+    assert [len(side) for side in sides] == [learned, held]
+    assert not set(sides[0].tolist()) & set(sides[1].tolist())
+
+
+@pytest.mark.parametrize(("count", "multiple"), [(1, 1), (63, 32), (127, 64)])
+def test_what_cannot_be_parted_is_learned_from_and_judged_by(count, multiple):
+    learned, held = split(list(range(count)), 0, multiple)
+    assert torch.equal(learned, held)
+    assert len(held) == count // multiple * multiple
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+def test_copies_and_frames_of_one_scene_come_to_one_side(noise):
+    x = images(12).repeat_interleave(8, 0)[torch.randperm(96, generator=torch.Generator().manual_seed(1))]
+    x = x + noise * x.std() * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    of = scenes([x])
+    assert len(set(of)) == 12
+    learned, held = split(of, 0)
+    assert len(learned) + len(held) == 96
+    assert len(held) == 6 * 8  # of 12 scenes, half
+    assert not {of[i] for i in learned} & {of[i] for i in held}
+
+
+def test_a_slow_film_is_one_scene_of_which_only_copies_count():
+    first, last = images(2)
+    film = torch.stack([first + (last - first) * i / 200 for i in range(200)])
+    assert scenes([film]) == list(range(200))
+    assert len(set(scenes([torch.cat([film, film + 10 * images(1)])]))) == 2
+    assert scenes([film[:1].expand(5, 3, 8, 8)]) == list(range(5))  # nothing but copies: nothing to go by
+
+
+def test_different_samples_are_no_scene():
+    assert scenes([images(300)]) == list(range(300))
+    noise = torch.from_numpy(DRAW.standard_normal((40, 3, 8, 8)).astype(np.float32))
+    quiet = torch.cat([0.01 * noise[:20], 5 * noise[20:]])  # near to each other beside loud ones, and yet different
+    assert scenes([quiet]) == list(range(40))
+    assert scenes([7 + noise]) == list(range(40))
+
+
+def test_rows_of_tables_and_integers_are_the_same_or_not():
+    x = torch.from_numpy(DRAW.standard_normal((20, 4)).astype(np.float32))
+    assert scenes([torch.cat([x, x + 1e-4])]) == list(range(40))
+    assert scenes([torch.cat([x, x])]) == [*range(20), *range(20)]
+    ids = torch.from_numpy(DRAW.integers(0, 9, (20, 100)))
+    assert scenes([torch.cat([ids, ids])]) == [*range(20), *range(20)]
+    assert scenes([torch.cat([ids, ids]), torch.arange(40.0)[:, None]]) == list(range(40))
+
+
+@pytest.mark.parametrize(("count", "cautious"), [(SCARCE // 2, True), (2 * SCARCE, False)])
+def test_few_samples_are_solved_with_caution_too(count, cautious):
+    found = models.quantize(models.residual(), Rules(3, 8))
+    learner = Learner(models.problem(found, "eptq", steps=1, count=count), found.student)
+    learner._start()
+    assert ("cautious" in learner.learning.distances) is cautious
+    assert 0 < learner.learning.held_out < count
+    assert learner.learning.different == count
+
+
+def test_the_report_says_when_nothing_is_held_out_and_when_samples_are_copies():
+    proto = cached("residual").proto
+    x = DRAW.standard_normal((4, 3, 8, 8)).astype(np.float32)
+    alone = onnx_eptq.quantize(proto, x[:1], steps=2, threads=1).report
+    assert alone.learning.held_out == 0
+    assert "on the samples learned from, as none could be held out: rtn" in str(alone)
+    assert any(warning.startswith("1 samples are too few to hold some out") for warning in alone.warnings)
+    copies = onnx_eptq.quantize(proto, np.repeat(x, 16, 0), steps=2, threads=1).report
+    assert (copies.learning.different, copies.learning.held_out) == (4, 32)
+    assert any(warning.startswith("of 64 samples only 4 are different") for warning in copies.warnings)
+    assert "on held-out samples: rtn" in str(copies)
