@@ -41,6 +41,7 @@ from onnx_eptq.rounding import (
 )
 from onnx_eptq.views import count_views, with_views
 
+UNSURE = 0.5  # of plain rounding's distance that must be reached where hardly any sample is held out to judge by
 SCARCE = 32  # different samples to learn from; below, a more cautious start is tried, too
 CAUTION = 100.0  # how much more solved weights are drawn to the float ones then, per sample
 # Standard errors by which learning must beat where it began: the luckiest of all its checks is compared with the luckier
@@ -697,6 +698,7 @@ class Learner:
         index, judging = heldout.split(scenes, problem.seed, problem.multiple)
         samples, held = ([x[chosen] for x in problem.samples] for chosen in (index, judging))
         self.scenes = [scenes[i] for i in index.tolist()]
+        self.sure = len({scenes[i] for i in judging.tolist()}) >= heldout.LEAST
         self.learning.different = len(set(scenes))
         self.learning.held_out = 0 if torch.equal(index, judging) else len(judging)
         self.images = len(samples[0])  # views come behind them; the closed-form start needs samples as they really are
@@ -796,6 +798,8 @@ class Learner:
         losses = self.judge.losses(self.student)
         self.learning.distances[name] = min(mean(losses), self.learning.distances.get(name, math.inf))
         replaces = self.learning.kept in STARTS and name not in STARTS
+        if self.best and self.learning.kept == "rtn" and not self.sure and mean(losses) > UNSURE * mean(self.losses):
+            return
         if not self.best or gain(losses, self.losses, errors=LUCK if replaces else 0.0) > 0:
             self.learning.kept = name
             self.best, self.losses = baked_state(self.student), losses

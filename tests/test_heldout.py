@@ -94,6 +94,17 @@ def test_few_samples_are_solved_with_caution_too(count, cautious):
     assert learner.learning.different == count
 
 
+def test_hardly_any_judges_must_be_well_convinced():
+    found = models.quantize(models.residual(), Rules(3, 8))
+    for count, distance, kept in ((8, 0.6, "rtn"), (8, 0.4, "weighted"), (40, 0.9, "weighted")):
+        learner = Learner(models.problem(found, "eptq", steps=1, count=count), found.student)
+        learner._keep("rtn")
+        start = learner.losses
+        learner.judge.losses = lambda _student, start=start, distance=distance: distance * start
+        learner._keep("weighted")
+        assert learner.learning.kept == kept
+
+
 def test_the_report_says_when_nothing_is_held_out_and_when_samples_are_copies():
     proto = cached("residual").proto
     x = DRAW.standard_normal((4, 3, 8, 8)).astype(np.float32)
