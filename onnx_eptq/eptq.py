@@ -41,7 +41,9 @@ from onnx_eptq.rounding import (
 )
 from onnx_eptq.views import count_views, with_views
 
-UNSURE = 0.5  # of plain rounding's distance that must be reached where hardly any sample is held out to judge by
+# The part of plain rounding's distance that must be won where hardly any sample is held out to judge by; but no more is asked
+# for than of a network at the distance BROKEN, where top-1 is lost and there is little to lose.
+UNSURE, BROKEN = 0.5, 0.2
 SCARCE = 32  # different samples to learn from; below, a more cautious start is tried, too
 CAUTION = 100.0  # how much more solved weights are drawn to the float ones then, per sample
 # Standard errors by which learning must beat where it began: the luckiest of all its checks is compared with the luckier
@@ -798,8 +800,10 @@ class Learner:
         losses = self.judge.losses(self.student)
         self.learning.distances[name] = min(mean(losses), self.learning.distances.get(name, math.inf))
         replaces = self.learning.kept in STARTS and name not in STARTS
-        if self.best and self.learning.kept == "rtn" and not self.sure and mean(losses) > UNSURE * mean(self.losses):
-            return
+        if self.best and self.learning.kept == "rtn" and not self.sure:
+            rounded = mean(self.losses)
+            if mean(losses) > rounded - UNSURE * min(rounded, BROKEN):
+                return
         if not self.best or gain(losses, self.losses, errors=LUCK if replaces else 0.0) > 0:
             self.learning.kept = name
             self.best, self.losses = baked_state(self.student), losses

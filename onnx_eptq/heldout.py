@@ -11,6 +11,10 @@ from torch import Tensor
 
 SHARE, MOST, LEAST = 8, 128, 8  # one sample in eight is held out, within these bounds
 SHARE_OF_FEW, ENOUGH = 4, 64  # but one in four up to so many: fewer cannot tell candidates apart
+PART_OF_FEW, TWO = (
+    3,
+    2,
+)  # and one in three, or two, of so few that LEAST were more than half of them: at 2 bits all are needed
 # Part of the usual squared distance of two samples up to which one is a copy of the other, or the next frame of one scene.
 # Different pictures, clips and digits were never nearer than 0.007.
 NEAR = 0.005
@@ -23,14 +27,15 @@ def split(of: Sequence[int], seed: int, multiple: int = 1) -> tuple[Tensor, Tens
     """Indices of the samples to learn from and of those to judge by, multiples of `multiple`.
 
     `of` tells the scene of each sample, as `scenes` finds it: what is alike comes to one side, as who learned from a sample is
-    no judge of its copy. Of few, half are held out. Where there is but one, or no more than the model takes together, both are
+    no judge of its copy. Where there is but one, or no more than the model takes together, both are
     all of them.
     """
     count = len(set(of))
     wanted = max(count // SHARE, min(count // SHARE_OF_FEW, ENOUGH), LEAST)
     wanted = -(-min(wanted, MOST) // multiple) * multiple
     if wanted * 2 > count:
-        wanted = max(count // multiple // 2, 1) * multiple
+        units = count // multiple
+        wanted = max(units // PART_OF_FEW, min(TWO, units // 2), 1) * multiple
     order = torch.randperm(len(of), generator=torch.Generator().manual_seed(seed))[: len(of) // multiple * multiple]
     chosen: set[int] = set()
     for place in order.tolist():

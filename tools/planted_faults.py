@@ -727,8 +727,8 @@ FAULTS = (
     Fault(
         "few samples learned from and judged by",
         "heldout.py",
-        "        wanted = max(count // multiple // 2, 1) * multiple\n",
-        "        wanted = count\n",
+        "max(units // PART_OF_FEW, min(TWO, units // 2), 1) * multiple\n",
+        "count\n",
         ("heldout",),
     ),
     Fault(
