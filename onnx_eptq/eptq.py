@@ -548,7 +548,7 @@ class _Piece:
     def _expected(self, index: Tensor) -> Sequence[Tensor]:
         """What the student should compute, and behind it what the teacher decides."""
         if self.cache is None:
-            return self.teacher(*[_of_samples(x, index, len(x)) for x in self.theirs])
+            return self.teacher(*[x[index] for x in self.theirs])
         return [_of_samples(value, index, len(self.theirs[0])) for value in self.cache]
 
     def _penalties(self) -> dict[str, float]:
@@ -566,10 +566,10 @@ class _Piece:
 
     def inputs(self, index: Tensor) -> list[Tensor]:
         """What the piece is fed: the quantized network's values, under QDrop mixed with the float network's."""
-        ours = [_of_samples(x, index, len(x)) for x in self.ours]
+        ours = [x[index] for x in self.ours]
         if self.stage.activations != "drop":
             return ours
-        pairs = zip(ours, (_of_samples(x, index, len(x)) for x in self.theirs), strict=True)
+        pairs = zip(ours, (x[index] for x in self.theirs), strict=True)
         mixed = [(a, b, a.is_floating_point()) for a, b in pairs]  # ids and truth values are the same in both
         return [torch.where(torch.rand_like(a) < 0.5, a, b) if mixes else a for a, b, mixes in mixed]
 
