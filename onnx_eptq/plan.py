@@ -827,7 +827,7 @@ class _Planner:
                 if _matches(self.rules.keep_float, tensor.name):
                     self.plan.floats[tensor.name] = "kept float as asked"
                     continue
-                bits = self.bits(CONSTANT_BITS, tensor.name)
+                bits = max(CONSTANT_BITS, self.bits(CONSTANT_BITS, tensor.name))
                 self.plan[tensor.name] = QuantPoint(tensor.name, Grid(bits, False), "constant")
 
     def weight(self, layer: Layer) -> None:
@@ -1017,6 +1017,8 @@ def check_rules(graph: gs.Graph, target: Target, rules: Rules) -> None:
     ):
         if bits not in wanted:
             raise UsageError(f"target '{target.name}' stores {what} of {_spell(wanted)} bits, not {bits}")
+    biases = {layer.bias.name for layer in linear_layers(graph) if layer.bias is not None}
+    beside = {tensor.name for tensor in graph.tensors().values() if is_constant(tensor)} - layers - biases
     for pattern, bits in rules.bits.items():
         names = [name for name in values | nodes if fnmatchcase(name, pattern)]
         if not names:
@@ -1026,7 +1028,11 @@ def check_rules(graph: gs.Graph, target: Target, rules: Rules) -> None:
             raise UsageError(
                 f"target '{target.name}' stores {_spell(wanted)} bits there, not {bits} (override '{pattern}')"
             )
-    biases = {layer.bias.name for layer in linear_layers(graph) if layer.bias is not None}
+        if bits < CONSTANT_BITS and beside.issuperset(names):
+            raise UsageError(
+                f"the bit override '{pattern}' names constants that are no layer's weights (tables, operands): they have "
+                f"{CONSTANT_BITS} bits, as fewer would cost accuracy and save nothing"
+            )
     for pattern in rules.keep_float:
         matched = {name for name in values | nodes | {node.op for node in graph.nodes} if fnmatchcase(name, pattern)}
         if not matched:

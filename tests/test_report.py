@@ -12,7 +12,7 @@ import models
 import onnx_eptq
 from models import cached, f32, i64, parse, weights
 from onnx_eptq import remarks
-from onnx_eptq.errors import CoverageError, DataError, VerificationError
+from onnx_eptq.errors import CoverageError, DataError, UsageError, VerificationError
 from onnx_eptq.plan import UNPLANNED, Plan, Rules, explained
 from onnx_eptq.remarks import low_fidelity
 from onnx_eptq.report import MAX_LINES, measure_coverage
@@ -90,6 +90,14 @@ def test_widths_of_activations_and_of_tables_are_told():
     assert sum(report.coverage.activations_by_bits.values()) == report.coverage.activations
     assert "(3,200 of them beside layers, at 8 bit)" in str(report)
     assert str(report.coverage).endswith("4 activations (2 x 4 bit, 2 x 8 bit)")
+
+
+def test_tables_take_no_fewer_bits():
+    text = f"(int64[N] ids) => (float[N,5] y) {{ e = Gather(table, ids) v = Relu(e) {HEAD}"
+    proto, data = parse(text, table=W(50, 16), **ENDS), {"ids": RNG.integers(0, 50, (32,))}
+    with pytest.raises(UsageError, match=r"'tab\*' names constants that are no layer's weights"):
+        rtn(proto, data, bits={"tab*": 4})
+    assert rtn(proto, data, bits={"*": 4}).report.coverage.constants_by_bits == {8: 3200}
 
 
 # ---- kernels
