@@ -199,6 +199,16 @@ def regressor() -> onnx.ModelProto:
     return parse(text, w=CONSTANTS["w"], b=CONSTANTS["b"], v=CONSTANTS["v"] * sd, m=mu)
 
 
+def test_an_output_that_hardly_varies_is_float_for_that_reason() -> None:
+    text = "(float[N,8] x) => (float[N,1] y) { a = Gemm(x, w, b) q = Relu(a) y = Gemm(q, v, m) }"
+    column = 0.01 * CONSTANTS["v"][:, :1]
+    model = parse(text, w=CONSTANTS["w"], b=CONSTANTS["b"], v=column, m=np.full(1, 300, np.float32))
+    result = quantize(model, DRAWN, method="rtn", threads=1)
+    assert "varies little beside its size" in result.plan.floats["y"]
+    (expected,), (found,) = run(model, x=DRAWN), run(result.model, x=DRAWN)
+    assert decibels(expected, found).min() > 28
+
+
 @pytest.mark.parametrize("method", ["rtn", "eptq", "adaquant"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_no_column_of_an_output_is_lost_or_learned_away(method: str, bits: int) -> None:
