@@ -389,7 +389,7 @@ def is_score(tensor: gs.Tensor) -> bool:
     return op_of(producer).squashes and op_of(producer).bounds == (0.0, 1.0)
 
 
-def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[int]]:
+def _float_region(graph: gs.Graph, kept: set[int], fronts: bool = True) -> tuple[dict[int, str], set[int]]:
     """Nodes that run in float, by id, with the reason; and the linear operators among them that read float as well.
 
     Seeds are the nodes the user keeps, operators whose result 8 bits cannot hold (Log, Reciprocal, ...), and what decodes
@@ -411,10 +411,10 @@ def _float_region(graph: gs.Graph, kept: set[int]) -> tuple[dict[int, str], set[
     fronting: set[int] = set()
     for node in reversed(graph.nodes):
         for reader in (reader for tensor in node.outputs for reader in tensor.outputs):
-            seed = id(reader) in region and not is_op(reader, *_HEADS)
+            seed = fronts and id(reader) in region and not is_op(reader, *_HEADS)
             if seed or role_of(reader) == "linear" or id(reader) in fronting:
                 fronting.add(id(node))
-    heads = {id(n) for n in graph.nodes if is_op(n, *_HEADS) and id(n) not in fronting}
+    heads = {id(n) for n in graph.nodes if (is_op(n, *_HEADS) or not fronts) and id(n) not in fronting}
     funnel = {
         id(n) for n in graph.nodes if id(n) in region and id(n) not in {*decoding, *masking, *heads} and n.op != "Div"
     }  # x / |x| goes on
@@ -608,7 +608,7 @@ def _sample_scalers(graph: gs.Graph) -> dict[int, str]:
 class _Planner:
     """The state of one `make_plan` call: the graph's facts, and the plan as it grows in walk order."""
 
-    def __init__(self, graph: gs.Graph, target: Target, rules: Rules) -> None:
+    def __init__(self, graph: gs.Graph, target: Target, rules: Rules, fronts: bool = True) -> None:
         self.graph, self.target, self.rules = graph, target, rules
         self.plan = Plan()
         self.layers = linear_layers(graph)
@@ -617,7 +617,7 @@ class _Planner:
         kept = {id(n) for n in graph.nodes if _matches(rules.keep_float, n.name, n.op)}
         kept |= {id(layer.node) for layer in self.layers if _matches(rules.keep_float, layer.weight.name)}
         self.kept = kept
-        self.region, self.front = _float_region(graph, kept)
+        self.region, self.front = _float_region(graph, kept, fronts)
         self.region = _sample_scalers(graph) | _column_scalers(graph) | self.region
         self.masked: set[int] = set()  # values that hold the huge numbers of a mask
         for node in graph.nodes:
@@ -1001,7 +1001,13 @@ def make_plan(graph: gs.Graph, target: Target, rules: Rules | None = None) -> Pl
             "the model has no Conv, ConvTranspose, Gemm or MatMul with constant weights, so there is nothing to quantize; "
             + why
         )
-    return _Planner(graph, target, rules).run()
+    plan = _Planner(graph, target, rules).run()
+    biases = [layer.bias for layer in linear_layers(graph) if layer.bias is not None]
+    # A spectrogram adds one number, if any, before its logarithm: what has biases is a small network that looks like one.
+    trained = any(bias.values.size and np.ptp(bias.values) > 0 for bias in biases)
+    if trained and not rules.keep_float and all(point.role != "weight" for point in plan.values()):
+        plan = _Planner(graph, target, rules, fronts=False).run()
+    return plan
 
 
 def _has_layers(graph: gs.Graph) -> bool:

@@ -276,3 +276,25 @@ def test_a_small_column_of_shares_is_no_fault():
         parse(text, w1=W(16, 16), w2=W(16, 6), rare=rare), RNG.standard_normal((64, 16)).astype(np.float32)
     ).report
     assert report.fidelity.worst == {}
+
+
+SMALL_ENDS = {
+    "logarithm": "s = Softmax(z) y = Log(s) }",
+    "root": "s = Softplus(z) y = Sqrt(s) }",
+    "power": "s = Sigmoid(z) y = Pow(s, power) }",
+    "reciprocal": "s = Sigmoid(z) t = Add(s, power) y = Reciprocal(t) }",
+}
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("end", SMALL_ENDS)
+def test_small_networks_are_no_spectrograms(end, layers):
+    """What leads to a logarithm near the inputs is float in front of a network, not where it is all of one."""
+    body = "z = Gemm(x, w1, b1)" if layers == 1 else "a = Gemm(x, w1, b1) r = Relu(a) z = Gemm(r, w2, b2)"
+    used = {"w1": W(8, 8), "b1": W(8), "w2": W(8, 8), "b2": W(8), "power": np.float32(0.45)}
+    text = f"(float[N,8] x) => (float[N,8] y) {{ {body} {SMALL_ENDS[end]}"
+    proto = parse(text, **{name: value for name, value in used.items() if f" {name}" in text})
+    report = rtn(proto, RNG.standard_normal((64, 8)).astype(np.float32)).report
+    assert report.coverage.complete
+    assert report.parity.float_layers == {}
+    assert report.fidelity.sqnr_db["y"] > 30
