@@ -427,15 +427,20 @@ def _kind(path: Path) -> str | None:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and those below, linked ones too; each folder once, so that links may go in circles."""
+    """All files in a folder and those below, linked ones too; each folder once, under its own name if it has one there."""
     seen: set[str] = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (path for name in names if (path := Path(root, name)).is_file())
+    waiting = [folder]
+    while waiting:
+        linked: list[Path] = []
+        for start in waiting:
+            for root, folders, names in os.walk(start):
+                if os.path.realpath(root) in seen:
+                    folders.clear()
+                    continue
+                seen.add(os.path.realpath(root))
+                linked += [path for name in folders if (path := Path(root, name)).is_symlink()]
+                yield from (path for name in names if (path := Path(root, name)).is_file())
+        waiting = sorted(path for path in linked if not path.name.startswith("."))
 
 
 def _find_in_folder(folder: Path, inputs: Sequence[InputSpec], preprocess: Preprocess) -> _Found:
@@ -755,7 +760,7 @@ def implausible(spec: InputSpec, fed: FeedRange, *, raw: bool = False, arrays: b
     # A range up to 1/255 is what scaling twice leaves; 20 is far outside every normalised range.
     if fed.max - fed.min < 1e-6:
         return f"{seen}: all equal; check the data"
-    if min(abs(fed.min), abs(fed.max)) > OFFSET * (fed.max - fed.min) and fed.min * fed.max > 0:
+    if not arrays and min(abs(fed.min), abs(fed.max)) > OFFSET * (fed.max - fed.min) and fed.min * fed.max > 0:
         return f"{seen}, far from 0 beside how much they vary; check --mean and --std, which apply after the scale"
     if fed.max - fed.min < 5e-3:
         return f"{seen}, which looks scaled twice; check --scale and --std"

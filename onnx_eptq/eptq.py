@@ -700,9 +700,10 @@ class Learner:
         index, judging = heldout.split(scenes, problem.seed, problem.multiple)
         samples, held = ([x[chosen] for x in problem.samples] for chosen in (index, judging))
         self.scenes = [scenes[i] for i in index.tolist()]
-        self.sure = len({scenes[i] for i in judging.tolist()}) >= heldout.LEAST
         self.learning.different = len(set(scenes))
         self.learning.held_out = 0 if torch.equal(index, judging) else len(judging)
+        judges = {scenes[i] for i in judging.tolist()}
+        self.sure = self.learning.held_out > 0 and len(judges) >= heldout.LEAST
         self.images = len(samples[0])  # views come behind them; the closed-form start needs samples as they really are
         problem.samples = with_views(samples, count_views(samples, problem.views, problem.cache_bytes), problem.seed)
         self.judge = Judge(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,7 @@ PART_OF_FEW, TWO = (
 # Different pictures, clips and digits were never nearer than 0.007.
 NEAR = 0.005
 LEAST_ELEMENTS = 64  # of a sample, from which on it can be near another by no chance
+LEAST_SPREAD = 1e-6  # of its size, below which an input does not vary
 PROJECTED = 128  # numbers that stand for a sample in comparisons
 COMPARED = 512  # samples at a time
 
@@ -30,7 +32,9 @@ def split(of: Sequence[int], seed: int, multiple: int = 1) -> tuple[Tensor, Tens
     no judge of its copy. Where there is but one, or no more than the model takes together, both are
     all of them.
     """
-    count = len(set(of))
+    of = list(of) if len(set(of)) > 1 else list(range(len(of)))
+    sizes = Counter(of)
+    count = len(sizes)
     wanted = max(count // SHARE, min(count // SHARE_OF_FEW, ENOUGH), LEAST)
     wanted = -(-min(wanted, MOST) // multiple) * multiple
     if wanted * 2 > count:
@@ -39,7 +43,8 @@ def split(of: Sequence[int], seed: int, multiple: int = 1) -> tuple[Tensor, Tens
     order = torch.randperm(len(of), generator=torch.Generator().manual_seed(seed))[: len(of) // multiple * multiple]
     chosen: set[int] = set()
     for place in order.tolist():
-        if len(chosen) < wanted:
+        large = sizes[of[place]] * wanted > len(of)  # what most samples show is learned from
+        if len(chosen) < wanted and not large:
             chosen.add(of[place])
     out = torch.tensor([of[place] in chosen for place in order.tolist()], dtype=torch.bool)
     learned, held = order[~out], order[out][: max(MOST, wanted)]
@@ -50,13 +55,10 @@ def split(of: Sequence[int], seed: int, multiple: int = 1) -> tuple[Tensor, Tens
 def scenes(samples: Sequence[Tensor]) -> list[int]:
     """Per sample the first one that it is a copy of, or nearly: repeated data, the frames of one scene.
 
-    Where everything would be one scene, only copies count, and where all are copies, nothing does.
+    Where everything would be one scene, only copies count.
     """
-    count = len(samples[0])
     of = _near(samples) if all(x.is_floating_point() for x in samples) else _copies(samples)
-    if len(set(of)) < 2:
-        of = _copies(samples)
-    return of if len(set(of)) > 1 else list(range(count))
+    return of if len(set(of)) > 1 else _copies(samples)
 
 
 def _copies(samples: Sequence[Tensor]) -> list[int]:
@@ -77,17 +79,33 @@ def _near(samples: Sequence[Tensor]) -> list[int]:
     points = torch.cat([_sketch(x) for x in samples], 1)
     usual = 2 * float(points.var(0).sum()) if len(points) > 1 else 0.0
     powers = points.square().sum(1)
-    of = list(range(len(points)))
+    of = torch.arange(len(points))
     for start in range(0, len(points), COMPARED):
-        rows = slice(start, start + COMPARED)
-        apart = torch.cdist(points[rows], points[: start + COMPARED]).square()
+        rows, upto = slice(start, start + COMPARED), start + COMPARED
+        apart = torch.cdist(points[rows], points[:upto]).square()
         # Quiet clips are near to each other beside loud ones: they are measured by their own size.
-        limit = NEAR * (powers[rows, None] + powers[None, : start + COMPARED]).clamp(max=usual)
-        for i, j in (apart <= limit).nonzero().tolist():
-            if j < start + i and of[start + i] != of[j]:
-                low, high = sorted((of[start + i], of[j]))
-                of = [low if scene == high else scene for scene in of]
-    return of
+        near = apart <= NEAR * (powers[rows, None] + powers[None, :upto]).clamp(max=usual)
+        near |= torch.eye(len(near), near.shape[1], dtype=torch.bool).roll(start, 1)
+        theirs = of[:upto].expand_as(near)
+        first = torch.where(near, theirs, len(of)).amin(1)
+        joined = torch.unique(torch.stack([theirs[near], first[:, None].expand_as(near)[near]], 1), dim=0)
+        of = _united(of, joined[joined[:, 0] != joined[:, 1]].tolist())
+    return of.tolist()
+
+
+def _united(of: Tensor, pairs: Sequence[Sequence[int]]) -> Tensor:
+    """The scenes, of which each pair is one."""
+    parents = list(range(len(of)))
+
+    def root(scene: int) -> int:
+        while parents[scene] != scene:
+            scene = parents[scene]
+        return scene
+
+    for pair in pairs:
+        low, high = sorted(map(root, pair))
+        parents[high] = low
+    return torch.tensor([root(scene) for scene in parents])[of] if pairs else of
 
 
 def _sketch(x: Tensor) -> Tensor:
@@ -102,5 +120,7 @@ def _sketch(x: Tensor) -> Tensor:
         signed = sample.reshape(-1).float().cpu() * signs
         rows.append(F.pad(signed, (0, -size % PROJECTED)).reshape(-1, PROJECTED).sum(0).double())
     points = torch.stack(rows)
-    spread = points.var(0).sum().sqrt() if len(rows) > 1 else torch.ones(())
-    return points / spread.clamp(min=1e-30)
+    spread = (points - points[0]).var(0).sum().sqrt() if len(rows) > 1 else torch.zeros(())
+    if spread <= LEAST_SPREAD * points.abs().max():  # a mask or a size that is always the same
+        return torch.zeros_like(points)
+    return points / spread

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import onnx_graphsurgeon as gs
 
@@ -74,6 +74,12 @@ def scores(graph: gs.Graph) -> list[str]:
     return [t.name for t in ends if op_of(t.inputs[0]).unary and op_of(t.inputs[0]).bounds == (0.0, 1.0)]
 
 
+def _is_rounded(node: gs.Node, before: Collection[str]) -> bool:
+    """Whether what a node makes depends on numbers that quantization rounds: on values named, weights, or a float table."""
+    looks_up = is_float(node.outputs[0]) and any(is_constant(tensor) and is_float(tensor) for tensor in node.inputs)
+    return role_of(node) == "linear" or looks_up or any(tensor.name in before for tensor in variables_read(node))
+
+
 def selections(graph: gs.Graph) -> dict[str, list[str]]:
     """For every output whose elements an operator selects: the float values that it, and what follows it, picks from.
 
@@ -83,8 +89,7 @@ def selections(graph: gs.Graph) -> dict[str, list[str]]:
     known = {tensor.name for tensor in graph.inputs if is_float(tensor)}  # and what depends on them, or on weights
     for node in graph.nodes:
         read = variables_read(node)
-        looks_up = is_float(node.outputs[0]) and any(is_constant(tensor) and is_float(tensor) for tensor in node.inputs)
-        depends = role_of(node) == "linear" or looks_up or any(tensor.name in known for tensor in read)
+        depends = _is_rounded(node, known)
         known |= {tensor.name for tensor in node.outputs if depends}
         if (op_of(node).selects and depends) or any(tensor.name in sources for tensor in read):
             found = {tensor.name: None for tensor in read if is_float(tensor) and tensor.name not in sources}
@@ -99,11 +104,11 @@ def decisions(graph: gs.Graph) -> list[str]:
 
     Two networks that are fed each other's select the same elements, in the same order and number, and can be compared behind.
     """
-    rounded = {tensor.name for tensor in graph.inputs if is_float(tensor)}  # and what depends on that, or on layers
+    rounded = {tensor.name for tensor in graph.inputs if is_float(tensor)}  # and what depends on that, or on weights
     found: dict[str, None] = {}
     for node in graph.nodes:
         read = variables_read(node)
-        if role_of(node) == "linear" or any(tensor.name in rounded for tensor in read):
+        if _is_rounded(node, rounded):
             rounded |= {tensor.name for tensor in node.outputs}
             if op_of(node).selects:
                 chosen = [*node.outputs, *(tensor for tensor in read if tensor.name in rounded)]

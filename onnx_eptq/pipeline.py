@@ -190,6 +190,8 @@ def naming_samples(job: Job) -> Iterator[None]:
     try:
         yield
     except (IndexError, RuntimeError) as error:
+        if _is_memory(error):
+            raise
         teacher, count = mirror.build(job.graph).to(job.config.device), 0
         for batch in job.batches:
             last = count + (1 if mirror.feeds_whole(job.graph) else len(next(iter(batch.values()))))
@@ -197,6 +199,8 @@ def naming_samples(job: Job) -> Iterator[None]:
                 with torch.no_grad():
                     teacher(*calibrate.feed(teacher, batch))
             except (IndexError, RuntimeError) as found:
+                if _is_memory(found):
+                    raise error from None
                 where = f"sample {count}" if last == count + 1 else f"samples {count} to {last - 1}"
                 reason = str(found).splitlines()[0]
                 raise DataError(
@@ -204,6 +208,10 @@ def naming_samples(job: Job) -> Iterator[None]:
                 ) from error
             count = last
         raise
+
+
+def _is_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error)
 
 
 def begin(

@@ -31,6 +31,7 @@ MAX_REASONS, MAX_WARNINGS, MAX_INPUTS, MAX_OUTPUTS = 8, 4, 4, 6  # lines of each
 MAX_LINES = 28  # of the text; with a line for each phase, a run prints less than 40
 MAX_NAMES = 4  # in one line
 WEIGHTS = 256  # elements of a matrix from which on it counts as weights, whatever reads it
+_RECURRENT = ("GRU", "LSTM", "RNN")
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "Gather", "GatherND", "GatherElements")
 
 
@@ -110,7 +111,8 @@ def _float_weights(graph: gs.Graph, plan: Plan, sizes: Mapping[str, int], layers
     found: dict[str, str] = {}
     inner = ((node, True) for outer in graph.nodes for node in graphs.nodes_within(outer))
     for node, within in itertools.chain(((node, False) for node in graph.nodes), inner):
-        if not within and not graphs.is_op(node, *_WEIGHTED) and not op_of(node).island:
+        weighted = graphs.is_op(node, *_WEIGHTED, *_RECURRENT) if within else _holds_weights(node)
+        if not weighted:
             continue
         if any(plan.floats.get(tensor.name, "").startswith(DECODING) for tensor in node.outputs):
             continue
@@ -118,9 +120,22 @@ def _float_weights(graph: gs.Graph, plan: Plan, sizes: Mapping[str, int], layers
             large = (
                 isinstance(tensor, gs.Constant) and sizes.get(tensor.name, 0) >= 4 * WEIGHTS and len(tensor.shape) > 1
             )
+            if graphs.is_op(node, "Einsum") and not _is_summed(node, tensor):
+                continue  # a mask
             if large and tensor.name not in plan and tensor.name not in layers:
                 found[tensor.name] = f"{sizes[tensor.name]:,} bytes, read by {op_name(node)} '{node.name}'"
     return found
+
+
+def _holds_weights(node: gs.Node) -> bool:
+    return graphs.is_op(node, *_WEIGHTED) or op_of(node).island
+
+
+def _is_summed(node: gs.Node, tensor: gs.Tensor) -> bool:
+    """Whether an Einsum sums over an axis of one of its inputs."""
+    terms, arrow, result = str(node.attrs["equation"]).replace(" ", "").partition("->")
+    term = terms.split(",")[next(i for i, read in enumerate(node.inputs) if read is tensor)]
+    return not arrow or not set(term) <= set(result)
 
 
 def find_islands(graph: gs.Graph) -> dict[str, str]:

@@ -390,6 +390,8 @@ def _check_close(value: str, producer: str, ours: Tensor, theirs: np.ndarray) ->
     masked = torch.from_numpy(both_ruled_out(theirs, ours.cpu().numpy())).to(ours.device)
     finite = expected[expected.isfinite() & ~masked].abs()
     same = (ours == expected) | (ours.isnan() & expected.isnan()) | masked
+    if bool(same.all()):  # also where nothing was selected
+        return
     error = float(torch.where(same, 0.0, ours - expected).abs().max())
     size = float(finite.max()) if finite.numel() else 0.0
     if not error <= FLOAT_TOLERANCE * max(size, 1e-6):
@@ -479,16 +481,17 @@ def _check_products(
     batch: Batch,
 ) -> None:
     """Float values that integer kernels (MatMulIntegerToFloat) computed, from the integers those kernels read."""
-    wanted = {name: node for name, node in ran.products.items() if name in layers}
-    values = run(ran.session, batch, [name for node in wanted.values() for name in (node.input[0], node.output[0])])
-    for name, node in wanted.items():
-        layer, codes = layers[name], torch.from_numpy(values[node.input[0]]).int()
+    wanted = [(layers[name], node) for name, node in ran.products if name in layers]
+    values = run(ran.session, batch, [name for _, node in wanted for name in (node.input[0], node.output[0])])
+    for layer, node in wanted:
+        codes = torch.from_numpy(values[node.input[0]]).int()
         acc, step = _accumulate(layer, plan, quantized, codes, biased=len(node.input) > 6 and bool(node.input[6]))
         expected, found = acc * step.double(), torch.from_numpy(values[node.output[0]]).double()
-        apart = (expected - found).abs() > PRODUCT_TOLERANCE * expected.abs().max()
+        largest = expected.abs().max() if expected.numel() else 0.0
+        apart = (expected - found).abs() > PRODUCT_TOLERANCE * largest
         if bool(apart.any()):
             raise VerificationError(
-                f"node '{name}': {node.op_type} and exact integer arithmetic differ in {int(apart.sum())} of "
+                f"node '{layer.node.name}': {node.op_type} and exact integer arithmetic differ in {int(apart.sum())} of "
                 f"{found.numel()} elements; this is a bug, please report it with the model"
             )
         parity.integer_values += 1
@@ -509,29 +512,35 @@ def _check_fused(parity: Parity, student: Mirror, plan: Plan, ran: _Optimized, b
             parity.fused_values += 1
             parity.fused_elements += x.numel()
             parity.fused_differences += int((steps > 0).sum())
-            parity.fused_max_steps = max(parity.fused_max_steps, int(steps.max()))
+            parity.fused_max_steps = max(parity.fused_max_steps, int(steps.max()) if steps.numel() else 0)
         return dequantize(values[value].to(x.device), qparams, point.grid)
 
     Probe(student, see).run(*feed(student, batch))
 
 
+def _own_name(node: onnx.NodeProto, layers: Collection[str]) -> str:
+    """The name that a node had before it was fused: a fusion calls it "fused NAME" or "NAME/MatMulAddFusion"."""
+    return node.name if node.name in layers else re.sub(r"^fused |/MatMulAddFusion$", "", node.name)
+
+
 class _Optimized:
     """The graph that ONNX Runtime really executes, with its integer values readable under their planned names."""
 
-    def __init__(self, model: Source, names: Mapping[str, str], threads: int, folder: Path | None) -> None:
+    def __init__(
+        self, model: Source, names: Mapping[str, str], layers: Collection[str], threads: int, folder: Path | None
+    ) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             path = Path(scratch) / "optimized.onnx"
             session(model, "extended", threads, save_to=path)
             optimized = onnx.load(path, load_external_data=False)
             made = {output: node for node in optimized.graph.node for output in node.output}
             self.names = {value: codes for value, codes in names.items() if codes in made}
-            # A fusion calls its node after the one it fuses: "fused NAME", "NAME/MatMulAddFusion".
-            nodes = [(re.sub(r"^fused |/MatMulAddFusion$", "", node.name), node) for node in optimized.graph.node]
+            nodes = [(_own_name(node, layers), node) for node in optimized.graph.node]
             self.float_linear = {name: node.op_type for name, node in nodes if node.op_type in FLOAT_LINEAR}
-            self.products = {
-                name: node for name, node in nodes if node.op_type == "MatMulIntegerToFloat" and node.input[0] in made
-            }
-            more = {name for node in self.products.values() for name in (node.input[0], node.output[0])}
+            self.products = [
+                (name, node) for name, node in nodes if node.op_type == "MatMulIntegerToFloat" and node.input[0] in made
+            ]
+            more = {name for _, node in self.products for name in (node.input[0], node.output[0])}
             exposed = _exposing(optimized, sorted({*self.names.values(), *more}))
             self.session = session(exposed, "off", threads, folder=path.parent)
         self.producers = {}
@@ -571,9 +580,9 @@ def check_parity(
     off = session(_exposing(model, sorted(set(names.values()))), "off", threads, folder=folder)
     plain, basic, full = (session(written, level, threads) for level in ("off", "basic", "all"))
     noise = _Noise()
-    optimized = _Optimized(written, names, threads, folder)
-    parity.kernels = optimized.kernels
     by_name = {layer.node.name: layer for layer in layers if layer.weight.name in plan}
+    optimized = _Optimized(written, names, by_name.keys(), threads, folder)
+    parity.kernels = optimized.kernels
     parity.layers = len(by_name)
     parity.float_layers = {name: optimized.float_linear[name] for name in by_name if name in optimized.float_linear}
     ends = _layers_by_value(layers, plan)

@@ -450,6 +450,8 @@ def test_linked_folders_are_searched_once(tmp_path):
     (more / "circle").symlink_to(more)
     (more / "back").symlink_to(data)
     (data / "gone").symlink_to(tmp_path / "nowhere")
+    (data / ".cache").mkdir()
+    (data / ".cache" / "cat").symlink_to(data / "cat")
     assert open_data(data, image_input(None, 3, 4, 4)).num_samples == 2
 
 
@@ -791,6 +793,12 @@ def test_implausible_ranges(low, high, message):
 def test_implausible_says_nothing_about_what_is_no_float_image():
     for spec in (*VECTOR, *image_input(None, 3, 8, 8, dtype=np.uint8), *image_input(None, 64, 8, 8)):
         assert implausible(spec, FeedRange(0, 255, 100, 1)) is None
+
+
+def test_no_preprocessing_is_blamed_for_what_arrays_hold():
+    (spec,) = image_input(None, 1, 8, 8)
+    assert implausible(spec, FeedRange(-80, -70, -75, 1), arrays=True) is None
+    assert "far from 0" in str(implausible(spec, FeedRange(-80, -70, -75, 1)))
 
 
 def test_subset_spreads_over_all_samples_and_repeats() -> None:

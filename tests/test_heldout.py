@@ -64,7 +64,27 @@ def test_a_slow_film_is_one_scene_of_which_only_copies_count():
     film = torch.stack([first + (last - first) * i / 200 for i in range(200)])
     assert scenes([film]) == list(range(200))
     assert len(set(scenes([torch.cat([film, film + 10 * images(1)])]))) == 2
-    assert scenes([film[:1].expand(5, 3, 8, 8)]) == list(range(5))  # nothing but copies: nothing to go by
+    still = scenes([film[:1].expand(20, 3, 8, 8)])
+    assert still == [0] * 20
+    assert [len(side) for side in split(still, 0)] == [12, 8]  # nothing but copies: nothing to go by
+
+
+def test_most_of_what_is_shown_is_learned_from():
+    """One scene of 300 frames, and 100 samples of their own: whichever come first."""
+    of = [0] * 300 + list(range(300, 400))
+    for seed in range(5):
+        learned, held = split(of, seed)
+        assert not (held < 300).any()
+        assert len(learned) + len(held) == 400
+        assert len(held) == 25
+
+
+def test_an_input_that_never_varies_tells_nothing():
+    x = images(40)
+    for constant in (0.0, 0.1, 1.0, 255.0):
+        fixed = torch.full((40, 77), constant)
+        assert scenes([x, fixed]) == scenes([fixed, x]) == list(range(40))
+        assert scenes([torch.cat([x, x]), torch.full((80, 77), constant)]) == [*range(40), *range(40)]
 
 
 def test_different_samples_are_no_scene():
@@ -103,6 +123,16 @@ def test_hardly_any_judges_must_be_well_convinced():
         learner.judge.losses = lambda _student, start=start, distance=distance: distance * start
         learner._keep("weighted")
         assert learner.learning.kept == kept
+
+
+@pytest.mark.parametrize("x", [images(1).expand(40, 3, 8, 8), images(1)], ids=["copies", "one"])
+def test_who_learned_from_a_sample_is_no_sure_judge(x):
+    found = models.quantize(models.residual(), Rules(3, 8))
+    problem = models.problem(found, "eptq", steps=1, count=len(x))
+    problem.samples = [x.contiguous()]
+    learner = Learner(problem, found.student)
+    assert not learner.sure
+    assert learner.learning.different == 1
 
 
 def test_the_report_says_when_nothing_is_held_out_and_when_samples_are_copies():

@@ -11,7 +11,7 @@ import pytest
 import models
 import onnx_eptq
 from models import cached, f32, i64, parse, weights
-from onnx_eptq import remarks
+from onnx_eptq import pipeline, remarks
 from onnx_eptq.errors import CoverageError, DataError, UsageError, VerificationError
 from onnx_eptq.plan import UNPLANNED, Plan, Rules, explained
 from onnx_eptq.remarks import low_fidelity
@@ -80,6 +80,15 @@ def test_what_a_decoding_looks_up_is_no_weight():
     assert rtn(proto, RNG.standard_normal((16, 16)).astype(np.float32), strict=True).report.coverage.complete
 
 
+def test_masks_are_no_weights():
+    text = f"""(float[N,16,16] x) => (float[N,5] y) {{ e = Einsum <equation="bij,ij->bij"> (x, mask) n = ReduceMax (e, axes)
+      up = Greater(n, zero) o = Squeeze(up) v0 = If (o) <then_branch = t () => (float[N,16,16] a) {{ a = Add(e, mask) }},
+      else_branch = f () => (float[N,16,16] b) {{ b = Identity(e) }}> v = ReduceMean <keepdims=0> (v0, one) {HEAD}"""
+    mask = np.tril(np.ones((16, 16), np.float32))
+    proto = parse(text, mask=mask, axes=i64(0, 1, 2), zero=f32(0.0).reshape(()), one=i64(1), **ENDS)
+    assert rtn(proto, RNG.standard_normal((16, 16, 16)).astype(np.float32), strict=True).report.coverage.complete
+
+
 def test_widths_of_activations_and_of_tables_are_told():
     proto = parse(
         f"(int64[N] ids) => (float[N,5] y) {{ e = Gather(table, ids) v = Relu(e) {HEAD}", table=W(50, 16), **ENDS
@@ -112,6 +121,18 @@ def test_layers_that_run_in_float_are_named():
     assert report.parity.layers == 3
     assert report.parity.float_layers == {last: "Conv"}
     assert f"2 of 3 quantized layers in integer kernels of ONNX Runtime; in float: '{last}' Conv" in str(report)
+
+
+def test_layers_named_like_fusions_keep_their_names():
+    text = "(float[N,16] x) => (float[N,5] y) { r = MatMul(x, w1) s = Relu(r) h = MatMul(s, w3) y = MatMul(h, w2) }"
+    proto = parse(text, **ENDS, w3=W(16, 16))
+    for node, name in zip(
+        (node for node in proto.graph.node if node.op_type == "MatMul"), ("fused a", "a", "b"), strict=True
+    ):
+        node.name = name
+    report = rtn(proto, RNG.standard_normal((32, 16)).astype(np.float32)).report
+    assert report.parity.layers == 3
+    assert report.parity.float_layers == {}
 
 
 def test_a_relu_that_nothing_passes_still_runs_on_integers():
@@ -267,6 +288,17 @@ def test_a_sample_that_the_model_cannot_compute_is_named():
     ids[41, 1] = 50  # behind the table's end
     with pytest.raises(DataError, match=r"cannot compute samples 32 to 63 of those used: .*check their values"):
         rtn(parse(text, table=W(50, 16), one=i64(1), **ENDS), {"ids": ids})
+
+
+def test_memory_is_not_blamed_on_samples(monkeypatch):
+    text = f"(float[N,16] x) => (float[N,5] y) {{ v = Relu(x) {HEAD}"
+
+    def exhausted(*_args, **_kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(pipeline, "calibrated", exhausted)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        rtn(parse(text, **ENDS), RNG.standard_normal((16, 16)).astype(np.float32))
 
 
 def test_a_small_column_of_shares_is_no_fault():

@@ -272,3 +272,19 @@ def test_what_a_branch_selects_is_a_decision():
     assert judge.distance(other) == 0
     report = onnx_eptq.quantize(branching(), images(), method="rtn", threads=1).report
     assert report.fidelity.selected_db["y"] > 20
+
+
+def test_what_a_float_table_decides_is_a_decision():
+    text = """(int64[N,9] ids) => (float[N,3,5] y) { e = Gather(table, ids) s = ReduceMax <keepdims=0> (e, last)
+      v, i = TopK(s, three) u = Unsqueeze(i, last) k = Expand(u, wide) z = GatherElements <axis=1> (e, k) y = MatMul(z, w) }"""
+    proto = parse(text, table=W(9, 6), last=i64(-1), three=i64(3), wide=i64(1, 1, 6), w=W(6, 5))
+    assert decisions(models.prepared(proto)) == ["i"]
+
+
+def test_a_detector_may_find_nothing():
+    text = f"""(float[N,3,8,8] x) => (float[M,5] y) {{ {BODY} g = Greater(q, half) n = NonZero(g)
+      p = Transpose <perm=[1,0]> (n) z = GatherND(k, p) a0 = MatMul(z, w1) a = Add(a0, b1) o = Softplus(a) r = MatMul(o, w2)
+      y = Sqrt(r) }}"""
+    used = {key: array for key, array in CONSTANTS.items() if key in text and key != "half"}
+    proto = parse(text, half=f32(1e9).reshape(()), b1=W(8), **used)
+    assert onnx_eptq.quantize(proto, images(16), method="rtn", threads=1).report.parity.basic_equals_off
