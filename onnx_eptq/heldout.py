@@ -86,10 +86,14 @@ def _near(samples: Sequence[Tensor]) -> list[int]:
         # Quiet clips are near to each other beside loud ones: they are measured by their own size.
         near = apart <= NEAR * (powers[rows, None] + powers[None, :upto]).clamp(max=usual)
         near |= torch.eye(len(near), near.shape[1], dtype=torch.bool).roll(start, 1)
-        theirs = of[:upto].expand_as(near)
-        first = torch.where(near, theirs, len(of)).amin(1)
-        joined = torch.unique(torch.stack([theirs[near], first[:, None].expand_as(near)[near]], 1), dim=0)
-        of = _united(of, joined[joined[:, 0] != joined[:, 1]].tolist())
+        while True:  # until no row is near to one of another scene
+            first = torch.where(near, of[:upto], len(of)).amin(1)
+            below = torch.where(near, first[:, None], len(of)).amin(0)
+            pairs = torch.stack([torch.cat([of[rows], of[:upto]]), torch.cat([first, below])], 1)
+            pairs = pairs[(pairs[:, 1] < len(of)) & (pairs[:, 0] != pairs[:, 1])]
+            if not len(pairs):
+                break
+            of = _united(of, torch.unique(pairs, dim=0).tolist())
     return of.tolist()
 
 
@@ -105,7 +109,7 @@ def _united(of: Tensor, pairs: Sequence[Sequence[int]]) -> Tensor:
     for pair in pairs:
         low, high = sorted(map(root, pair))
         parents[high] = low
-    return torch.tensor([root(scene) for scene in parents])[of] if pairs else of
+    return torch.tensor([root(scene) for scene in parents])[of]
 
 
 def _sketch(x: Tensor) -> Tensor:

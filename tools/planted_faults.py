@@ -720,7 +720,7 @@ FAULTS = (
     Fault(
         "quiet samples taken for copies of each other",
         "heldout.py",
-        "(powers[rows, None] + powers[None, : start + COMPARED]).clamp(max=usual)",
+        "(powers[rows, None] + powers[None, :upto]).clamp(max=usual)",
         "torch.full_like(apart, usual)",
         ("heldout",),
     ),
@@ -734,8 +734,8 @@ FAULTS = (
     Fault(
         "hardly any judges trusted like many",
         "eptq.py",
-        "and not self.sure and",
-        "and self.best is None and",
+        "and not self.sure:",
+        "and not self.best:",
         ("heldout",),
     ),
     Fault(
@@ -776,8 +776,8 @@ FAULTS = (
     Fault(
         "float weights of recurrent cells and branches unnamed",
         "report.py",
-        "not within and not graphs.is_op(node, *_WEIGHTED) and not op_of(node).island",
-        "within or not graphs.is_op(node, *_WEIGHTED)",
+        "weighted = graphs.is_op(node, *_WEIGHTED, *_RECURRENT) if within else _holds_weights(node)",
+        "weighted = graphs.is_op(node, *_WEIGHTED) and not within",
         ("report",),
     ),
     Fault(
