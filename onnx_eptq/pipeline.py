@@ -1131,9 +1131,8 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
                 mirror.feeds_whole(job.graph),
                 decisions(job.graph),
             )
-        shares = {
-            tensor.name for tensor in job.graph.outputs if is_score(tensor)
-        }  # of a rare class: small, as they should be
+        # The column of a rare class is small, as it should be.
+        shares = {tensor.name for tensor in job.graph.outputs if is_score(tensor)}
         report.fidelity.worst = {name: found for name, found in report.fidelity.worst.items() if name not in shares}
         narrow = any(point.grid.bits < 8 for point in job.plan.values())
         losses = remarks.low_fidelity(

@@ -64,7 +64,8 @@ class Parity:
     no means on the middle between two steps, where the last bit of a sum decides. `integer_*`: values that the runtime's integer
     kernels for Conv, Gemm and MatMul compute, against exact integer arithmetic. `fused_*`: values of its other integer
     kernels (Add, Concat, pooling, ...), against the mirror. `basic_equals_off`: network outputs bit for bit. `optimized_db`:
-    signal-to-noise ratio of each float output at full optimisation, where the signal is that with optimisations off.
+    signal-to-noise ratio of each float output at full optimisation, where the signal is that with optimisations off. `layers`
+    counts the quantized ones; `float_layers` are those of them that the runtime computes in float, with the kernel's operator.
     """
 
     float_values: int = 0
