@@ -447,9 +447,8 @@ def scopes(graph: gs.Graph) -> Iterator[gs.Graph]:
 
 def nodes_within(node: gs.Node) -> Iterator[gs.Node]:
     """Yield the nodes of a node's subgraphs, at any depth."""
-    for value in node.attrs.values():
-        if isinstance(value, gs.Graph):
-            yield from (inner for scope in scopes(value) for inner in scope.nodes)
+    for scope in node.subgraphs(recursive=True):
+        yield from scope.nodes
 
 
 def is_op(node: gs.Node, *ops: str) -> bool:
@@ -705,7 +704,7 @@ def remove_dead(graph: gs.Graph) -> int:
             continue
         doomed.add(id(node))
         todo += [n for n in _producers(node) if n is not node]
-        for inner in [node, *(n for s in node.subgraphs(recursive=True) for n in s.nodes)]:
+        for inner in [node, *nodes_within(node)]:
             inner.inputs.clear()
             inner.outputs.clear()
     graph.nodes = [node for node in graph.nodes if id(node) not in doomed]

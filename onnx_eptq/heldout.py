@@ -12,10 +12,8 @@ from torch import Tensor
 
 SHARE, MOST, LEAST = 8, 128, 8  # one sample in eight is held out, within these bounds
 SHARE_OF_FEW, ENOUGH = 4, 64  # but one in four up to so many: fewer cannot tell candidates apart
-PART_OF_FEW, TWO = (
-    3,
-    2,
-)  # and one in three, or two, of so few that LEAST were more than half of them: at 2 bits all are needed
+# And of so few that LEAST were more than half of them one in three, or at least two: at 2 bits learning needs all it can get.
+SHARE_OF_HARDLY_ANY, LEAST_OF_HARDLY_ANY = 3, 2
 # Part of the usual squared distance of two samples up to which one is a copy of the other, or the next frame of one scene.
 # Different pictures, clips and digits were never nearer than 0.007.
 NEAR = 0.005
@@ -29,8 +27,7 @@ def split(of: Sequence[int], seed: int, multiple: int = 1) -> tuple[Tensor, Tens
     """Indices of the samples to learn from and of those to judge by, multiples of `multiple`.
 
     `of` tells the scene of each sample, as `scenes` finds it: what is alike comes to one side, as who learned from a sample is
-    no judge of its copy. Where there is but one, or no more than the model takes together, both are
-    all of them.
+    no judge of its copy. Where there is but one, or no more than the model takes together, both are all of them.
     """
     of = list(of) if len(set(of)) > 1 else list(range(len(of)))
     sizes = Counter(of)
@@ -39,7 +36,7 @@ def split(of: Sequence[int], seed: int, multiple: int = 1) -> tuple[Tensor, Tens
     wanted = -(-min(wanted, MOST) // multiple) * multiple
     if wanted * 2 > count:
         units = count // multiple
-        wanted = max(units // PART_OF_FEW, min(TWO, units // 2), 1) * multiple
+        wanted = max(units // SHARE_OF_HARDLY_ANY, min(LEAST_OF_HARDLY_ANY, units // 2), 1) * multiple
     order = torch.randperm(len(of), generator=torch.Generator().manual_seed(seed))[: len(of) // multiple * multiple]
     chosen: set[int] = set()
     for place in order.tolist():

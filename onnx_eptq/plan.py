@@ -399,7 +399,7 @@ def _float_region(graph: gs.Graph, kept: set[int], fronts: bool = True) -> tuple
     result must go through seeds, as it does not in a normalization: else all layers in front of those would run in float. What
     such an operator reads joins only near the inputs: a classifier that ends in a Log is no spectrogram, and no small network
     that ends in `_HEADS` is. So it reads float only if its whole result, and that of the linear operators before it, goes
-    through seeds: of x / |x| some goes round.
+    through seeds: of x / |x| some goes round. Without `fronts` no operator near the inputs joins for what it feeds.
     """
     region = {id(node): "kept float as asked" for node in graph.nodes if id(node) in kept}
     seeds = (n for n in graph.nodes if role_of(n) == "sensitive" and id(n) not in region)
@@ -920,11 +920,9 @@ def _limits(producer: gs.Node | None) -> Limits:
     if is_op(producer, "Clip"):
         low, high = ((*producer.inputs[1:], None, None))[:2]
         return _constant_scalar(low), _constant_scalar(high)
+    # Ranges seen say the same, but of a Relu that lets nothing pass; the runtime fuses it only with a grid from 0 on.
     if is_op(producer, "Relu"):
-        return (
-            0.0,
-            None,
-        )  # also where none of the samples reaches above: the runtime fuses it only with a grid from 0 on
+        return 0.0, None
     bounds = op_of(producer).bounds
     if bounds is None:
         return None, None

@@ -463,14 +463,18 @@ def _check_integer(
         if op not in INTEGER_LINEAR or layer is None or layer.source.name not in values:
             continue
         ours = _simulate_integers(layer, value, plan, quantized, values[layer.source.name].int())
-        different = int((ours != values[value]).sum())
-        if different:
-            raise VerificationError(
-                f"node '{layer.node.name}', value '{value}': {op} and exact integer arithmetic differ in {different} of "
-                f"{ours.numel()} elements; this is a bug, please report it with the model"
-            )
-        parity.integer_values += 1
-        parity.integer_elements += ours.numel()
+        _count_integers(parity, f"node '{layer.node.name}', value '{value}': {op}", ours != values[value])
+
+
+def _count_integers(parity: Parity, kernel: str, different: Tensor) -> None:
+    """Count the elements of an integer kernel; raise where it differs from exact integer arithmetic."""
+    if bool(different.any()):
+        raise VerificationError(
+            f"{kernel} and exact integer arithmetic differ in {int(different.sum())} of {different.numel()} elements; this is a "
+            "bug, please report it with the model"
+        )
+    parity.integer_values += 1
+    parity.integer_elements += different.numel()
 
 
 def _check_products(
@@ -490,13 +494,7 @@ def _check_products(
         expected, found = acc * step.double(), torch.from_numpy(values[node.output[0]]).double()
         largest = expected.abs().max() if expected.numel() else 0.0
         apart = (expected - found).abs() > PRODUCT_TOLERANCE * largest
-        if bool(apart.any()):
-            raise VerificationError(
-                f"node '{layer.node.name}': {node.op_type} and exact integer arithmetic differ in {int(apart.sum())} of "
-                f"{found.numel()} elements; this is a bug, please report it with the model"
-            )
-        parity.integer_values += 1
-        parity.integer_elements += found.numel()
+        _count_integers(parity, f"node '{layer.node.name}': {node.op_type}", apart)
 
 
 def _check_fused(parity: Parity, student: Mirror, plan: Plan, ran: _Optimized, batch: Batch) -> None:

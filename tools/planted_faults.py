@@ -300,8 +300,8 @@ FAULTS = (
     Fault(
         "differing integer layers pass verification",
         "verify.py",
-        "(ours != values[value]).sum()",
-        "(ours != ours).sum()",
+        "ours != values[value])",
+        "ours != ours)",
         ("verify",),
     ),
     Fault(
@@ -727,7 +727,7 @@ FAULTS = (
     Fault(
         "few samples learned from and judged by",
         "heldout.py",
-        "max(units // PART_OF_FEW, min(TWO, units // 2), 1) * multiple\n",
+        "max(units // SHARE_OF_HARDLY_ANY, min(LEAST_OF_HARDLY_ANY, units // 2), 1) * multiple\n",
         "count\n",
         ("heldout",),
     ),
@@ -755,8 +755,8 @@ FAULTS = (
     Fault(
         "integer products with float results left unverified",
         "verify.py",
-        "        if bool(apart.any()):\n",
-        "        if len(apart) < 0:\n",
+        '{node.op_type}", apart)',
+        '{node.op_type}", apart & False)',
         ("report",),
     ),
     Fault(
