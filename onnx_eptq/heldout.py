@@ -39,10 +39,12 @@ def split(of: Sequence[int], seed: int, multiple: int = 1) -> tuple[Tensor, Tens
         wanted = max(units // SHARE_OF_HARDLY_ANY, min(LEAST_OF_HARDLY_ANY, units // 2), 1) * multiple
     order = torch.randperm(len(of), generator=torch.Generator().manual_seed(seed))[: len(of) // multiple * multiple]
     chosen: set[int] = set()
+    held_out = 0
     for place in order.tolist():
-        large = sizes[of[place]] * wanted > len(of)  # what most samples show is learned from
-        if len(chosen) < wanted and not large:
-            chosen.add(of[place])
+        scene = of[place]
+        if len(chosen) < wanted and scene not in chosen and 2 * (held_out + sizes[scene]) <= len(of):
+            chosen.add(scene)  # at least half of the samples are left to learn from
+            held_out += sizes[scene]
     out = torch.tensor([of[place] in chosen for place in order.tolist()], dtype=torch.bool)
     learned, held = order[~out], order[out][: max(MOST, wanted)]
     learned, held = (side[: len(side) // multiple * multiple] for side in (learned, held))

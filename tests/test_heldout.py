@@ -79,6 +79,15 @@ def test_most_of_what_is_shown_is_learned_from():
         assert len(held) == 25
 
 
+def test_at_least_half_is_learned_from():
+    of = [0] * 16 + [16] * 16 + [32] * 16 + list(range(48, 64))
+    for seed in range(8):
+        learned, held = split(of, seed)
+        assert len(learned) >= 32
+        assert len(held) >= 8
+        assert not {of[i] for i in learned} & {of[i] for i in held}
+
+
 def test_an_input_that_never_varies_tells_nothing():
     x = images(40)
     for constant in (0.0, 0.1, 1.0, 255.0):
