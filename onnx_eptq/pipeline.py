@@ -1112,7 +1112,7 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
             count = max(1, min(PARITY_SAMPLES, PARITY_SAMPLES * IMAGE_ELEMENTS // sample_elements(job)))
             few = job.batches.subset(count, job.config.seed)
             report.parity = verify.check_parity(
-                staged.path, student, job.plan, job.layers, quantized, few, report.threads
+                staged.path, student, job.plan, job.layers, quantized, few, report.threads, decisions(job.graph)
             )
         onnx.helper.set_model_props(written, {**remarks.properties(written), **remarks.metadata(report)})
         staged.set_metadata(remarks.properties(written))

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import onnx
@@ -271,16 +271,48 @@ def _check_complete(model: onnx.ModelProto, student: Mirror, plan: Plan, found: 
 
 
 class _RawProbe(Probe):
-    """A probe that remembers what the value at hand was before its quantizer; the value itself where it has none."""
+    """A probe that remembers what the value at hand was before its quantizer; the value itself where it has none.
+
+    And `sorted`: what the last TopK sorted, and along which axis.
+    """
 
     raw: Tensor
+    sorted: tuple[Tensor, int]
 
     def run_node(self, n: fx.Node) -> object:
         """Compute one node, then let the callback see the value it holds."""
-        source = n.args[0] if n.op == "call_module" and n.args else None
-        if isinstance(source, fx.Node):
+        source = n.args[0] if n.args else None
+        if isinstance(source, fx.Node) and n.op == "call_module":
             self.raw = self.env[source]
+        elif isinstance(source, fx.Node) and _is_topk(n):
+            self.sorted = self.env[source], cast(int, n.kwargs.get("axis", -1))
         return super().run_node(n)
+
+
+def _is_topk(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "TopK"
+
+
+def _whole(node: fx.Node) -> fx.Node:
+    """The node with several outputs of which this one is an output; of other nodes, the node itself."""
+    return next(iter(node.all_input_nodes), node) if getattr(node.target, "__name__", "") == "_item" else node
+
+
+def _check_decision(
+    value: str, producer: str, ours: Tensor, theirs: Tensor, chosen_of: tuple[Tensor, int] | None
+) -> None:
+    """Raise where the runtime selects other elements than the mirror, unless they are as large but for float rounding.
+
+    `chosen_of`: where a TopK decides, what it sorts and along which axis.
+    """
+    if chosen_of is not None and ours.shape == theirs.shape:
+        x, axis = chosen_of
+        _check_close(value, producer, x.gather(axis, ours), x.gather(axis, theirs).cpu().numpy())
+    elif ours.shape != theirs.shape or int((ours != theirs).sum()) > max(FREE, 10 * MAX_SHARE * ours.numel()):
+        raise VerificationError(
+            f"node {producer}, value '{value}': the written file selects other elements than the simulation; this is a bug, "
+            "please report it with the model"
+        )
 
 
 def _check_float(
@@ -290,14 +322,21 @@ def _check_float(
     batch: Batch,
     theirs: Mapping[str, Tensor],
     outputs: Mapping[str, np.ndarray],
+    decided: Mapping[str, np.ndarray],
 ) -> None:
     """Every planned value against the runtime's, each computed from the runtime's own values before it.
 
-    `theirs`: integers of planned values; `outputs`: the network's outputs, of which those left float are compared too.
+    `theirs`: integers of planned values; `outputs`: the network's outputs, of which those left float are compared too;
+    `decided`: what the runtime selects, which the last bit of a sum decides where values tie.
     """
     producer, averages, slack = _producers(student), _averages(student), _slack(student)
+    sorting = {node.meta["value"] for node in student.graph.nodes if "value" in node.meta and _is_topk(_whole(node))}
 
     def see(value: str, x: Tensor) -> Tensor:
+        if value in decided:
+            chosen = torch.from_numpy(decided[value]).to(x.device)
+            _check_decision(value, producer[value], x, chosen, probe.sorted if value in sorting else None)
+            return chosen
         if value in outputs and value not in plan and x.is_floating_point():
             _check_close(value, producer[value], x, outputs[value])
         if value not in theirs:
@@ -565,8 +604,11 @@ def check_parity(
     quantized: Mapping[str, Quantized],
     batches: Iterable[Batch],
     threads: int = 0,
+    decisions: Collection[str] = (),
 ) -> Parity:
     """Compare the written model, a file or a ModelProto, with the mirror on the given batches.
+
+    What the file selects (`decisions`, as `outputs.decisions` returns them) is checked by itself, and taken over behind it.
 
     Raises:
         VerificationError: with the node's name, where the two differ by more than float rounding explains: any difference
@@ -576,7 +618,9 @@ def check_parity(
     model, folder = _opened(written)
     names = {value: codes for value, codes in _codes_names(model).items() if value in plan}
     _check_complete(model, student, plan, names)
-    off = session(_exposing(model, sorted(set(names.values()))), "off", threads, folder=folder)
+    decided = sorted(_computed(model).intersection(decisions))
+    wanted = sorted({*names.values(), *decided})
+    off = session(_exposing(model, wanted), "off", threads, folder=folder)
     plain, basic, full = (session(written, level, threads) for level in ("off", "basic", "all"))
     noise = _Noise()
     by_name = {layer.node.name: layer for layer in layers if layer.weight.name in plan}
@@ -587,10 +631,10 @@ def check_parity(
     ends = _layers_by_value(layers, plan)
     with torch.no_grad():
         for batch in batches:
-            codes = run(off, batch, sorted(set(names.values())))
-            theirs = {value: torch.from_numpy(codes[name]) for value, name in names.items()}
+            found = run(off, batch, wanted)
+            theirs = {value: torch.from_numpy(found[name]) for value, name in names.items()}
             outputs = run(plain, batch)
-            _check_float(parity, student, plan, batch, theirs, outputs)
+            _check_float(parity, student, plan, batch, theirs, outputs, {name: found[name] for name in decided})
             _check_integer(parity, ends, plan, quantized, optimized, batch)
             _check_products(parity, by_name, plan, quantized, optimized, batch)
             _check_fused(parity, student, plan, optimized, batch)

@@ -11,14 +11,17 @@ import models
 import onnx_eptq
 from models import f32, i64, parse, weights
 from onnx_eptq import pieces, pipeline
+from onnx_eptq.calibrate import feed
 from onnx_eptq.compensate import compensate
 from onnx_eptq.eptq import Judge, Learner
+from onnx_eptq.errors import VerificationError
 from onnx_eptq.methods import METHODS
+from onnx_eptq.mirror import Probe
 from onnx_eptq.outputs import class_axes, decisions, learning_targets, selections
 from onnx_eptq.plan import Rules
 from onnx_eptq.remarks import low_fidelity
 from onnx_eptq.report import Phases
-from onnx_eptq.verify import Fidelity, measure_fidelity
+from onnx_eptq.verify import Fidelity, Parity, check_parity, measure_fidelity
 
 W = weights(40)
 BODY = """c = Conv <pads=[1,1,1,1]> (x, w0) f = Relu(c) t = Reshape(f, flat) k = Transpose <perm=[0,2,1]> (t)
@@ -288,3 +291,45 @@ def test_a_detector_may_find_nothing():
     used = {key: array for key, array in CONSTANTS.items() if key in text and key != "half"}
     proto = parse(text, half=f32(1e9).reshape(()), b1=W(8), **used)
     assert onnx_eptq.quantize(proto, images(16), method="rtn", threads=1).report.parity.basic_equals_off
+
+
+# ---- what the written file selects, held against the simulation
+
+
+def verified(found: models.Case, written: onnx.ModelProto | None = None) -> Parity:
+    selecting = decisions(found.graph)
+    assert selecting
+    proto = written or found.written
+    return check_parity(
+        proto, found.student, found.plan, found.layers, found.quantized, found.batches, 1, decisions=selecting
+    )
+
+
+def test_rows_that_tie_may_be_selected_either_way():
+    """Sums of few steps are often the same but for the last bit, which depends on the order of adding."""
+    text = """(float[N,40,64] x) => (float[N,20,6] y) { s = ReduceSum <keepdims=0> (x, last) v, i = TopK(s, twenty)
+      u = Unsqueeze(i, last) wide = Expand(u, shape) z = GatherElements <axis=1> (x, wide) y = MatMul(z, w) }"""
+    proto = parse(text, last=i64(-1), twenty=i64(20), shape=i64(1, 1, 64), w=weights(41)(64, 6))
+    found, seen = models.quantize(proto, Rules(4, 4)), {}
+    with torch.no_grad():
+        Probe(found.student, seen.setdefault).run(*feed(found.student, found.batches[0]))
+    assert (models.run_ort(found.written, found.batches[0], ["i"])["i"] != seen["i"].numpy()).any()
+    verified(found)
+    x = np.concatenate([feed["x"] for feed in found.batches])
+    onnx_eptq.quantize(proto, x, method="rtn", weight_bits=4, act_bits=4, threads=1)
+
+
+@pytest.mark.parametrize("name", ["picked", "compressed", "where"])
+def test_a_file_that_selects_otherwise_is_refused(name):
+    found = models.quantize(model(name), Rules(8, 8))
+    verified(found)
+    other = copy.deepcopy(found.written)
+    if name == "picked":
+        node = next(node for node in other.graph.node if node.op_type == "TopK")
+        node.attribute.append(onnx.helper.make_attribute("largest", 0))
+    else:
+        node = next(node for node in other.graph.node if node.op_type == "Greater")
+        node.op_type = "Less"
+    value = {"picked": "i", "compressed": "b", "where": "g"}[name]
+    with pytest.raises(VerificationError, match=f"value '{value}'"):
+        verified(found, other)

@@ -787,6 +787,20 @@ FAULTS = (
         "    for batch in itertools.islice(job.batches, 1):\n",
         ("report",),
     ),
+    Fault(
+        "selections of the file not held against the simulation's",
+        "verify.py",
+        "_check_close(value, producer, x.gather(axis, ours), x.gather(axis, theirs).cpu().numpy())",
+        "_check_close(value, producer, x.gather(axis, ours), x.gather(axis, ours).cpu().numpy())",
+        ("selected",),
+    ),
+    Fault(
+        "verification that selects by itself where values tie",
+        "pipeline.py",
+        "quantized, few, report.threads, decisions(job.graph)",
+        "quantized, few, report.threads",
+        ("selected",),
+    ),
 )
 
 
