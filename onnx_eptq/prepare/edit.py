@@ -132,7 +132,7 @@ def set_constant(graph: gs.Graph, node: gs.Node, index: int, values: Array) -> N
     """Give the node new constant values for an input, in place where no other node reads them."""
     old = input_at(node, index)
     if isinstance(old, gs.Constant):
-        values = values.astype(array(old).dtype)  # type: ignore[union-attr]
+        values = np.asarray(values, array(old).dtype)  # type: ignore[union-attr]  # numpy makes numbers of 0-d arrays
         if len(old.outputs) == 1:
             old.values = values
             return
