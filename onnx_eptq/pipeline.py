@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -1121,7 +1122,8 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
                 LEAST_FIDELITY, min(FIDELITY_SAMPLES, 2 * FIDELITY_SAMPLES * IMAGE_ELEMENTS // sample_elements(job))
             )
             some = job.batches.subset(many, job.config.seed)
-            report.fidelity = verify.measure_fidelity(
+            fidelity_at = functools.partial(
+                verify.measure_fidelity,
                 job.source,
                 staged.path,
                 some,
@@ -1131,6 +1133,9 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
                 mirror.feeds_whole(job.graph),
                 decisions(job.graph),
             )
+            report.fidelity = fidelity_at()
+            deviating = remarks.deviating(report.parity, report.fidelity)
+            exact = fidelity_at(level="basic") if deviating else report.fidelity
         # The column of a rare class is small, as it should be.
         shares = {tensor.name for tensor in job.graph.outputs if is_score(tensor)}
         report.fidelity.worst = {name: found for name, found in report.fidelity.worst.items() if name not in shares}
@@ -1138,7 +1143,7 @@ def finish(job: Job, student: mirror.Mirror, output: str | os.PathLike[str] | No
         losses = remarks.low_fidelity(
             report.fidelity, "try more bits" if narrow else remarks.AT_MOST, report.coverage.float_values
         )
-        losses += remarks.runtime_deviations(report.parity, report.fidelity)
+        losses += remarks.runtime_losses(deviating, report.fidelity, exact)
         report.warnings[:0] = losses  # first, as only the first ones are printed
         report.bytes = graphs.file_bytes(staged.path)
         if report.notes_bytes > remarks.MANY_NOTES * report.bytes:

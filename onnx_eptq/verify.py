@@ -666,13 +666,15 @@ def _check_basic(
             )
 
 
-def _watching(model: Source, wanted: Iterable[str], threads: int) -> tuple[ort.InferenceSession, list[str]]:
-    """A session at full optimisation whose outputs are the network's and those of the `wanted` values that it has."""
+def _watching(
+    model: Source, wanted: Iterable[str], threads: int, level: str = "all"
+) -> tuple[ort.InferenceSession, list[str]]:
+    """A session whose outputs are the network's and those of the `wanted` values that it has."""
     opened, folder = _opened(model)
     names = [output.name for output in opened.graph.output]
     computed = _computed(opened)
     more = [name for name in dict.fromkeys(wanted) if name in computed and name not in names]
-    return session(_exposing(opened, more) if more else model, "all", threads, folder=folder), [*names, *more]
+    return session(_exposing(opened, more) if more else model, level, threads, folder=folder), [*names, *more]
 
 
 def _computed(model: onnx.ModelProto) -> set[str]:
@@ -704,9 +706,11 @@ def _told(model: onnx.ModelProto, decisions: Mapping[str, np.ndarray]) -> onnx.M
 class _Selected:
     """Outputs that are selected, of the written model where it is told the `decisions` of the float one."""
 
-    def __init__(self, written: Source, outputs: Iterable[str], decisions: Sequence[str], threads: int) -> None:
+    def __init__(
+        self, written: Source, outputs: Iterable[str], decisions: Sequence[str], threads: int, level: str
+    ) -> None:
         self.model, self.folder = _opened(written)
-        self.decisions, self.threads = decisions, threads
+        self.decisions, self.threads, self.level = decisions, threads, level
         self.outputs = [name for name in outputs if name not in decisions]
         self.session: ort.InferenceSession | None = None
         self.noise, self.equal = _Noise(), _Shares()
@@ -715,7 +719,7 @@ class _Selected:
         """Add one batch, with what the float model gives for the outputs and decides."""
         decided = {name: expected[name] for name in self.decisions}
         if self.session is None:
-            self.session = session(_told(self.model, decided), "all", self.threads, folder=self.folder)
+            self.session = session(_told(self.model, decided), self.level, self.threads, folder=self.folder)
         found = run(self.session, {**batch, **decided}, self.outputs)
         self.outputs = [name for name in self.outputs if found[name].shape == expected[name].shape]  # else more decides
         wanted = {name: expected[name] for name in self.outputs}
@@ -752,8 +756,11 @@ def measure_fidelity(
     axes: Mapping[str, int] | None = None,
     whole: bool = False,
     decisions: Sequence[str] = (),
+    level: str = "all",
 ) -> Fidelity:
-    """Signal-to-noise ratio (dB) and agreement (%) of every output, both models at full optimisation.
+    """Signal-to-noise ratio (dB) and agreement (%) of every output, the float model at full optimisation.
+
+    `level`: how much the runtime may optimise the written one, a key of `LEVELS`.
 
     Integers (of an ArgMax) agree where they are equal; scores where the largest one is the same along the axis that `axes`
     names for an output (as `outputs.class_axes` finds it), or else the last one of two, if that has at least two entries.
@@ -765,11 +772,11 @@ def measure_fidelity(
     selected, axes = selected or {}, axes or {}
     inner = dict.fromkeys(name for names in selected.values() for name in names)
     ours, known = _watching(float_model, [*inner, *decisions], threads)
-    theirs, found_too = _watching(written, inner, threads)
+    theirs, found_too = _watching(written, inner, threads, level)
     names = [name for name in known if name in found_too and name not in selected]
     computed = _computed(_opened(written)[0])
     shared = all(name in known and name in computed for name in decisions)
-    behind = _Selected(written, selected, decisions, threads) if selected and decisions and shared else None
+    behind = _Selected(written, selected, decisions, threads, level) if selected and decisions and shared else None
     wanted = list(dict.fromkeys([*names, *(behind.outputs if behind else ()), *(decisions if behind else ())]))
     alone = whole or no_batch_axis(tensor.shape for tensor in ours.get_inputs())
     noise, agreeing, samples = _Noise(), _Shares(), 0

@@ -557,13 +557,26 @@ def test_a_runtime_with_numbers_of_its_own_is_warned_about():
     found = {target: onnx_eptq.quantize(proto, data, target=target, method="rtn", threads=1) for target in TARGETS}
     noise = {target: result.report.parity.optimized_db["logits"] for target, result in found.items()}
     assert noise["onnxruntime"] > noise["onnx"] + 10
+    full, exact = (
+        verify.measure_fidelity(proto, found["onnx"].model, [data], 1, level=level) for level in ("all", "basic")
+    )
+    worse, better = full.sqnr_db["logits"], exact.sqnr_db["logits"]
+    assert better > worse + 2
+    warned = [warning for warning in found["onnx"].report.warnings if "at full optimisation" in warning]
+    assert len(warned) == 1
+    assert f"{worse} dB at full" in warned[0]
+    assert f"{better} dB at basic" in warned[0]
+    assert not any("at full optimisation" in warning for warning in found["onnxruntime"].report.warnings)
+    assert remarks.runtime_losses(["logits"], full, exact) == warned
+    near = replace(exact, sqnr_db={"logits": worse + 0.9})  # other numbers, about as good
+    assert remarks.runtime_losses(["logits"], full, near) == remarks.runtime_losses([], full, exact) == []
     parity = replace(found["onnx"].report.parity, optimized_db={"logits": 20.0})
-    for decibel, warned in ((10.0, False), (19.0, True), (30.0, True)):
-        fidelity = replace(found["onnx"].report.fidelity, sqnr_db={"logits": decibel})
-        assert bool(remarks.runtime_deviations(parity, fidelity)) == warned
-    assert remarks.runtime_deviations(parity, replace(found["onnx"].report.fidelity, sqnr_db={})) == []
-    fidelity = replace(found["onnx"].report.fidelity, sqnr_db={"logits": 44.0})
-    assert remarks.runtime_deviations(replace(parity, optimized_db={"logits": 45.0}), fidelity) == []  # and no harm
+    for decibel, differs in ((10.0, False), (19.0, True), (30.0, True)):
+        fidelity = replace(full, sqnr_db={"logits": decibel})
+        assert bool(remarks.deviating(parity, fidelity)) == differs
+    assert remarks.deviating(parity, replace(full, sqnr_db={})) == []
+    fidelity = replace(full, sqnr_db={"logits": 44.0})
+    assert remarks.deviating(replace(parity, optimized_db={"logits": 45.0}), fidelity) == []  # and no harm
 
 
 def test_ranges_weighed_by_gradients_lose_less_at_four_bits() -> None:
