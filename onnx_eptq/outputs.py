@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import onnx_graphsurgeon as gs
 
@@ -120,18 +120,42 @@ def class_axes(graph: gs.Graph) -> dict[str, int]:
     """The axis along which an output, or scores that a TopK reads, hold one number per class, where the graph tells.
 
     That of the Softmax or linear operator it comes from, followed through what lies between. The first axis is that of the
-    samples. Columns of different scale are no classes: such an output has none of its axes.
+    samples. Columns of different scale and the colours of a picture are no classes: such an output has none of its axes.
     """
     known: dict[str, int] = {}
+    distributed: set[str] = set()
     for node in graph.nodes:
+        shares = is_op(node, *_DISTRIBUTES) or any(tensor.name in distributed for tensor in variables_read(node))
         for tensor in node.outputs:
             axis = _axis_of(node, tensor, known)
             if axis is not None:
                 known[tensor.name] = axis
+                distributed |= {tensor.name} if shares else set()
     names = [tensor.name for tensor in graph.outputs]
     names += [node.inputs[0].name for node in graph.nodes if is_op(node, "TopK")]
     found = {name: known[name] for name in names if known.get(name)}
-    return found | {t.name: len(t.shape or ()) for t in graph.outputs if t.name in extras(graph).uneven}
+    whole = [tensor for tensor in graph.outputs if tensor.name in extras(graph).uneven]
+    whole += [tensor for tensor in graph.outputs if tensor.name not in distributed and _is_picture(tensor, graph)]
+    return found | {tensor.name: len(tensor.shape or ()) for tensor in whole}
+
+
+def _is_picture(output: gs.Tensor, graph: gs.Graph) -> bool:
+    """Whether an output has the three colours of an image that goes in, and at least its size: a cleaned or enlarged one."""
+    return any(_is_drawn_of(output.shape or (), tensor.shape or ()) for tensor in graph.inputs)
+
+
+def _is_drawn_of(output: Sequence[int | str | None], image: Sequence[int | str | None]) -> bool:
+    """Whether shapes are those of two images of three colours, the first no smaller as far as sizes are known."""
+    if len(output) != 4 or len(image) != 4:
+        return False
+    return any(
+        output[colours] == image[colours] == 3 and all(map(_not_less, inner, outer))
+        for colours, inner, outer in ((1, output[2:], image[2:]), (3, output[1:3], image[1:3]))
+    )
+
+
+def _not_less(size: int | str | None, than: int | str | None) -> bool:
+    return size >= than if isinstance(size, int) and isinstance(than, int) else size != 1
 
 
 def _axis_of(node: gs.Node, tensor: gs.Tensor, known: Mapping[str, int]) -> int | None:

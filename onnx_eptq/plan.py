@@ -641,7 +641,10 @@ class _Planner:
         if id(consumer) not in self.nodes:  # inside a subgraph, where nothing is quantized
             return False
         clamps = role_of(consumer) == "clamp" and id(consumer) not in self.region
-        return clamps and bool(tensor.inputs) and role_of(tensor.inputs[0]) in ("linear", "arithmetic")
+        made = tensor.inputs and role_of(tensor.inputs[0]) in ("linear", "arithmetic")
+        return (
+            clamps and bool(made) and not _shares(tensor.inputs[0])
+        )  # what an integer Softmax writes must reach far enough
 
     def reason_to_stay_float(self, tensor: gs.Tensor) -> str | None:
         """Why an activation gets no quantizer although it is float32, or None."""
@@ -666,7 +669,7 @@ class _Planner:
             return "an output whose samples differ in size: one grid would lose the small ones"
         if any(_divides_by(reader, tensor) for reader in tensor.outputs):
             return "a divisor, which could be 0 on a grid"
-        if tensor.inputs and _is_single(tensor.inputs[0]):
+        if any(_is_single(node) for node in _makers(tensor)):
             return "a Softmax of single elements, which integer kernels compute as 0"
         if tensor.outputs and id(tensor) not in self.outputs and all(role_of(n) == "untouched" for n in tensor.outputs):
             return f"read by {tensor.outputs[0].op} only"
@@ -895,6 +898,12 @@ def _is_single(node: gs.Node) -> bool:
     op, shape = op_of(node), node.outputs[0].shape
     shares = op.decides and op.bounds == (0.0, 1.0)
     return shares and shape is not None and bool(shape) and shape[int(node.attrs.get("axis", -1))] == 1
+
+
+def _makers(tensor: gs.Tensor) -> list[gs.Node]:
+    """What computes a value; behind a Relu or Clip, which a runtime may drop, what computes its input as well."""
+    nodes = list(tensor.inputs)
+    return nodes + [before for node in nodes if role_of(node) == "clamp" for before in node.inputs[0].inputs]
 
 
 def _only_moves(node: gs.Node) -> bool:

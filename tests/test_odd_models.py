@@ -588,11 +588,27 @@ def test_nearly_even_shares_survive_the_integer_softmax(classes: int) -> None:
         assert result.report.fidelity.sqnr_db["y"] > 30
 
 
+@pytest.mark.parametrize("classes", [1, 10, 50])
+@pytest.mark.parametrize("limits", [(0, 1), (1e-7, 1 - 1e-7)])
+def test_so_do_shares_that_are_kept_from_the_ends(classes: int, limits: tuple[float, float]) -> None:
+    """ONNX Runtime drops a Clip that a grid implies, and the Softmax before it becomes an integer one."""
+    text = """(float[N,6] x) => (float[N,4] y) { h = MatMul(x, w) p = Softmax <axis = 1> (h) c = Clip(p, low, high)
+      y = MatMul(c, u) }"""
+    low, high = (np.array(limit, np.float32) for limit in limits)
+    model = parse(text, w=W(6, classes) * np.float32(0.05), u=W(classes, 4), low=low, high=high)
+    data = samples(model)
+    result = quantize(model, data, weight_bits=8, method="rtn", threads=1)
+    assert result.report.fidelity.sqnr_db["y"] > 30
+    assert not [text for text in result.report.warnings if "dB" in text]
+
+
 @pytest.mark.parametrize("length", [2, 5, 40])
-def test_so_do_those_of_an_attention_whose_length_is_open(length: int) -> None:
-    text = """(float[N,T,8] x) => (float[N,T,8] y) {
-      q = MatMul(x, w) t = Transpose <perm=[0,2,1]> (x) s = MatMul(q, t) p = Softmax <axis=-1> (s) y = MatMul(p, x) }"""
-    model = parse(text, w=W(8, 8) * np.float32(0.01))
+@pytest.mark.parametrize("shares", ["y = MatMul(p, x)", "c = Clip(p, none, all) y = MatMul(c, x)"])
+def test_so_do_those_of_an_attention_whose_length_is_open(length: int, shares: str) -> None:
+    text = f"""(float[N,T,8] x) => (float[N,T,8] y) {{
+      q = MatMul(x, w) t = Transpose <perm=[0,2,1]> (x) s = MatMul(q, t) p = Softmax <axis=-1> (s) {shares} }}"""
+    limits = {"none": f32(0.0).reshape(()), "all": f32(1.0).reshape(())} if "Clip" in shares else {}
+    model = parse(text, w=W(8, 8) * np.float32(0.01), **limits)
     data = np.random.default_rng(0).normal(1, size=(40, length, 8)).astype(np.float32)
     result = quantize(model, data, weight_bits=8, threads=1)
     assert result.plan["p"].reach == pytest.approx(min(1, 2 / length))

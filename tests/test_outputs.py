@@ -65,6 +65,29 @@ def test_where_the_classes_lie(end):
     assert class_axes(prepared(proto)) == ({} if axis is None else {"y": axis})
 
 
+PICTURES = {  # inputs and what is computed of them, whose axis 1 or 3 holds 3 numbers: whether those are colours
+    "(float[N,3,8,8] x) => (float[N,3,8,8] y) { y = Conv(x, w) }": True,
+    "(float[N,3,A,B] x) => (float[N,3,A,B] y) { h = Conv(x, w) y = Sigmoid(h) }": True,
+    "(float[N,3,8,8] x) => (float[N,3,16,16] y) { a = Concat <axis=1> (x, x, x, x) h = Conv(a, v) "
+    "y = DepthToSpace <blocksize=2> (h) }": True,
+    "(float[N,8,8,3] x) => (float[N,8,8,3] y) { a = Transpose <perm=[0,3,1,2]> (x) h = Conv(a, w) "
+    "y = Transpose <perm=[0,2,3,1]> (h) }": True,
+    "(float[N,3,8,8] x) => (float[N,3,8,8] y) { h = Conv(x, w) y = Softmax <axis=1> (h) }": False,
+    "(float[N,3,8,8] x) => (float[N,3,8,8] y) { h = Conv(x, w) s = Softmax <axis=1> (h) y = Sqrt(s) }": False,
+    "(float[N,3,8,8] x) => (float[N,3,4,4] y) { y = Conv <strides=[2,2]> (x, w) }": False,
+    "(float[N,3,A,B] x) => (float[N,3,1,1] y) { h = Conv(x, w) y = GlobalAveragePool(h) }": False,
+    "(float[N,12,8,8] x) => (float[N,3,16,16] y) { h = Conv(x, v) y = DepthToSpace <blocksize=2> (h) }": False,
+}
+
+
+@pytest.mark.parametrize("text", PICTURES)
+def test_colours_are_no_classes(text):
+    constants = {"w": W(3, 3, 1, 1), "v": W(12, 12, 1, 1)}
+    graph = prepared(parse(text, **{name: array for name, array in constants.items() if f", {name})" in text}))
+    axis = class_axes(graph)["y"]
+    assert axis == 4 if PICTURES[text] else axis in (1, 3)
+
+
 SELECTIONS = {  # what is picked: by values of the network, or by what it is given besides
     "v, i = TopK(h, k) y = Identity(v)": ["h"],
     "v, i = TopK(x, k) y = GatherElements <axis=1> (h, i)": ["x", "h"],
