@@ -75,6 +75,7 @@ class Problem:
     method: Method
     effort: Effort
     seed: int = 0
+    judges: int = heldout.MOST  # samples that may be held out
     multiple: int = 1  # the model takes multiples of so many samples
     chunk: int = 0  # and runs so many at a time; 0: as many as there are
     mapped: bool = False  # it takes one sample, but learning can map it over several
@@ -697,7 +698,7 @@ class Learner:
         self.problem, self.student, self.saved, self.resume = problem, student, saved, resume
         self.learning = Learning(targets=learning_targets(problem.graph))
         scenes = heldout.scenes(problem.samples)
-        index, judging = heldout.split(scenes, problem.seed, problem.multiple)
+        index, judging = heldout.split(scenes, problem.seed, problem.multiple, problem.judges)
         samples, held = ([x[chosen] for x in problem.samples] for chosen in (index, judging))
         self.scenes = [scenes[i] for i in index.tolist()]
         self.learning.different = len(set(scenes))

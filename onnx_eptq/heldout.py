@@ -17,14 +17,21 @@ SHARE_OF_HARDLY_ANY, LEAST_OF_HARDLY_ANY = 3, 2
 # Part of the usual squared distance of two samples up to which one is a copy of the other, or the next frame of one scene.
 # Different pictures, clips and digits were never nearer than 0.007.
 NEAR = 0.005
+# Elements held out in all where samples are small, such as rows of a table: one of them says little, and costs little.
+NUMBERS, MOST_ROWS = 65536, 1024
 LEAST_ELEMENTS = 64  # of a sample, from which on it can be near another by no chance
 LEAST_SPREAD = 1e-6  # of its size, below which an input does not vary
 PROJECTED = 128  # numbers that stand for a sample in comparisons
 COMPARED = 512  # samples at a time
 
 
-def split(of: Sequence[int], seed: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """Indices of the samples to learn from and of those to judge by, multiples of `multiple`.
+def most(elements: int) -> int:
+    """How many samples may be held out that have so many elements each."""
+    return min(max(MOST, NUMBERS // elements), MOST_ROWS)
+
+
+def split(of: Sequence[int], seed: int, multiple: int = 1, upto: int = MOST) -> tuple[Tensor, Tensor]:
+    """Indices of the samples to learn from and of about `upto` to judge by, multiples of `multiple`.
 
     `of` tells the scene of each sample, as `scenes` finds it: what is alike comes to one side, as who learned from a sample is
     no judge of its copy. Where there is but one, or no more than the model takes together, both are all of them.
@@ -33,7 +40,7 @@ def split(of: Sequence[int], seed: int, multiple: int = 1) -> tuple[Tensor, Tens
     sizes = Counter(of)
     count = len(sizes)
     wanted = max(count // SHARE, min(count // SHARE_OF_FEW, ENOUGH), LEAST)
-    wanted = -(-min(wanted, MOST) // multiple) * multiple
+    wanted = -(-min(wanted, upto) // multiple) * multiple
     if wanted * 2 > count:
         units = count // multiple
         wanted = max(units // SHARE_OF_HARDLY_ANY, min(LEAST_OF_HARDLY_ANY, units // 2), 1) * multiple
@@ -46,7 +53,7 @@ def split(of: Sequence[int], seed: int, multiple: int = 1) -> tuple[Tensor, Tens
             chosen.add(scene)  # at least half of the samples are left to learn from
             held_out += sizes[scene]
     out = torch.tensor([of[place] in chosen for place in order.tolist()], dtype=torch.bool)
-    learned, held = order[~out], order[out][: max(MOST, wanted)]
+    learned, held = order[~out], order[out][: max(upto, wanted)]
     learned, held = (side[: len(side) // multiple * multiple] for side in (learned, held))
     return (learned, held) if len(learned) and len(held) else (order, order)
 

@@ -658,7 +658,7 @@ def estimate(job: Job) -> dict[str, float]:
         held = max(held, gradients if gradients <= job.config.cache_mb else 0.0)
     if method.stages:  # the samples themselves, and those of a batch order
         inputs = sum(array.nbytes for array in next(job.batches.samples()).values())
-        held += 2 * min(job.batches.num_samples, most_samples(method, effort)) * inputs / 2**20
+        held += 2 * min(job.batches.num_samples, most_samples(job, method, effort)) * inputs / 2**20
     held += min(calibrate.KEPT * 4 / 2**20, candidates * model_mb)
     if method.start == "compensated":
         held += max((compensate.solving_bytes(layer) for layer in job.layers), default=0) / 2**20
@@ -1038,17 +1038,17 @@ def can_map(job: Job, ready: Ready, samples: Sequence[torch.Tensor]) -> bool:
     return all(pieces.can_map(mirror, samples) for mirror in (teacher, ready.student))
 
 
-def most_samples(method: Method, effort: Effort) -> int:
+def most_samples(job: Job, method: Method, effort: Effort) -> int:
     """Samples that learning and its judge can look at: more are not loaded."""
     drawn = sum(max(1, round(effort.steps * stage.share)) for stage in method.stages) * effort.batch
-    return max(effort.samples, drawn) + heldout.MOST
+    return max(effort.samples, drawn) + heldout.most(sample_elements(job))
 
 
 def learning_problem(job: Job, ready: Ready, method: Method | None = None) -> eptq.Problem:
     """What `eptq.Learner` learns from; `method` other than the one asked for is for experiments."""
     config, alone = job.config, runs_alone(job, ready.graph)
     method, effort = method or METHODS[config.method], effort_for(job, ready)
-    samples = load_samples(ready.teacher, ready.batches.subset(most_samples(method, effort), config.seed))
+    samples = load_samples(ready.teacher, ready.batches.subset(most_samples(job, method, effort), config.seed))
     return eptq.Problem(
         ready.graph,
         job.plan,
@@ -1058,6 +1058,7 @@ def learning_problem(job: Job, ready: Ready, method: Method | None = None) -> ep
         method,
         effort,
         seed=config.seed,
+        judges=heldout.most(sample_elements(job)),
         multiple=job.batches.batch_size if has_fixed_batch(job) else 1,
         chunk=job.batches.batch_size if alone else 0,
         mapped=alone and can_map(job, ready, samples),

@@ -6,12 +6,12 @@ import torch
 
 import models
 import onnx_eptq
-from models import cached
+from models import cached, parse, weights
 from onnx_eptq.eptq import SCARCE, Learner
-from onnx_eptq.heldout import scenes, split
+from onnx_eptq.heldout import most, scenes, split
 from onnx_eptq.plan import Rules
 
-DRAW = np.random.default_rng(70)
+DRAW, W = np.random.default_rng(70), weights(70)
 
 
 def images(count: int, size: int = 8) -> torch.Tensor:
@@ -29,6 +29,19 @@ def test_samples_are_split_by_seed():
     assert not torch.equal(split(of, 1)[0], learned)
     counts = {2: 1, 3: 1, 4: 2, 10: 3, 15: 5, 16: 8, 40: 10, 200: 50, 256: 64, 400: 64, 640: 80, 1024: 128, 9000: 128}
     assert {n: len(split(list(range(n)), 0)[1]) for n in counts} == counts
+
+
+def test_of_small_samples_more_may_be_held_out():
+    """128 rows of a table hardly tell candidates apart; 128 images, of which every pixel is one, do."""
+    assert [most(size) for size in (1, 10, 64, 200, 512, 3072, 150528)] == [1024, 1024, 1024, 327, 128, 128, 128]
+    counts = {300: 64, 1024: 128, 4000: 500, 20000: 1024}
+    assert {n: len(split(list(range(n)), 0, upto=most(10))[1]) for n in counts} == counts
+    proto = parse(
+        "(float[N,10] x) => (float[N,2] y) { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }", w=W(10, 8), v=W(8, 2)
+    )
+    x = DRAW.standard_normal((1200, 10)).astype(np.float32)
+    report = onnx_eptq.quantize(proto, x, effort="fast", steps=4, threads=1).report
+    assert report.learning.held_out == 150
 
 
 @pytest.mark.parametrize(
