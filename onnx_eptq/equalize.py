@@ -113,8 +113,8 @@ def _fits(layer: Layer, channels: int) -> bool:
 
 def _makers(tensor: gs.Tensor, axis: int, made: dict[str, Layer], outputs: set[int]) -> tuple[Maker, ...]:
     """The constants that scale the channels of `tensor`, across operators that keep channels apart; none: ()."""
-    while id(tensor) not in outputs and tensor.inputs and tensor.shape is not None:
-        channels = tensor.shape[axis]
+    channels = tensor.shape[axis] if tensor.shape is not None else None
+    while id(tensor) not in outputs and tensor.inputs and tensor.shape is not None and tensor.shape[axis] == channels:
         if tensor.name in made:
             layer = made[tensor.name]
             adds = layer.node.inputs[2:3]  # of a Gemm or a convolution; one that is computed could not be scaled

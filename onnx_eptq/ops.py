@@ -151,6 +151,13 @@ def _in_place(_attributes: Attributes, axis: int, _before: Sequence[Any], _after
     return axis
 
 
+def _beside_windows(
+    _attributes: Attributes, axis: int, _before: Sequence[Any], _after: Sequence[Any] | None
+) -> int | None:
+    """`Op.carries` of pooling: neighbours along the axes that windows slide over come together."""
+    return axis if axis < 2 else None
+
+
 def _transposed(attributes: Attributes, axis: int, before: Sequence[Any], _after: Sequence[Any] | None) -> int:
     """`Op.carries` of a Transpose."""
     permutation = list(attributes.get("perm") or range(len(before))[::-1])
@@ -442,7 +449,7 @@ def _window_sum(x: Tensor, window: _Window) -> Tensor:
     return y.reshape(*x.shape[:2], *y.shape[2:])
 
 
-@op("arithmetic", carries=_in_place)
+@op("arithmetic", carries=_beside_windows)
 def AveragePool(
     x: Tensor,
     *,
@@ -469,7 +476,7 @@ def AveragePool(
     return _window_sum(x, fitted) / _window_sum(counted, fitted)
 
 
-@op("same_grid", carries=_in_place)
+@op("same_grid", carries=_beside_windows)
 def MaxPool(
     x: Tensor,
     *,
@@ -524,9 +531,15 @@ def _spatial(x: Tensor) -> tuple[int, ...]:
 
 
 GlobalAveragePool = _unary(
-    "GlobalAveragePool", "arithmetic", lambda x: x.mean(_spatial(x), keepdim=True), decides=True, carries=_in_place
+    "GlobalAveragePool",
+    "arithmetic",
+    lambda x: x.mean(_spatial(x), keepdim=True),
+    decides=True,
+    carries=_beside_windows,
 )
-GlobalMaxPool = _unary("GlobalMaxPool", "same_grid", lambda x: x.amax(_spatial(x), keepdim=True), carries=_in_place)
+GlobalMaxPool = _unary(
+    "GlobalMaxPool", "same_grid", lambda x: x.amax(_spatial(x), keepdim=True), carries=_beside_windows
+)
 
 
 @op("arithmetic")

@@ -1,6 +1,7 @@
 """Channels evened out: the float network computes the same bits, places are those it may be done at, errors fall."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from onnx_eptq import graph as og
 from onnx_eptq import mirror
 from onnx_eptq.calibrate import apply_linear
 from onnx_eptq.equalize import EXPONENTS, REACH, candidates, equalize, find_places, scaled_weight
+from onnx_eptq.ops import OPS, op_of
 from onnx_eptq.plan import linear_layers, make_plan
 
 W = weights(8)
@@ -122,7 +124,59 @@ NO_PLACES = {
         ", float[N,2,8,8] f",
     ),
     "the input": ("y = Conv (x, v4)", ""),
+    "pooled along its axis": (
+        "a = Conv (x, w) p = AveragePool <kernel_shape=[1,3], pads=[0,1,0,1]> (a) y = MatMul (p, m)",
+        "",
+    ),
+    "pooled to another length": (
+        "a = MatMul (x, n) p = MaxPool <kernel_shape=[1,2], strides=[1,2]> (a) y = MatMul (p, m4)",
+        "",
+    ),
 }
+
+
+CARRYING = {  # operators that `Op.carries` has something to say of, with more inputs and attributes
+    "AveragePool": ({}, {"kernel_shape": [1, 3], "pads": [0, 1, 0, 1]}),
+    "MaxPool": ({}, {"kernel_shape": [3, 1], "strides": [2, 1]}),
+    "GlobalAveragePool": ({}, {}),
+    "GlobalMaxPool": ({}, {}),
+    "Relu": ({}, {}),
+    "LeakyRelu": ({}, {}),
+    "PRelu": ({"slope": W(6, 1, 1)}, {}),
+    "Identity": ({}, {}),
+    "Reshape": ({"to": i64(0, 6, -1)}, {}),
+    "Flatten": ({}, {"axis": 2}),
+    "Transpose": ({}, {"perm": [0, 3, 1, 2]}),
+    "Squeeze": ({"to": i64(0)}, {}),
+    "Unsqueeze": ({"to": i64(1)}, {}),
+}
+
+
+def test_every_carrying_operator_is_tried():
+    assert {name for name, op in OPS.items() if op.carries is not None} == set(CARRYING)
+
+
+@pytest.mark.parametrize("axis", range(4))
+@pytest.mark.parametrize("name", CARRYING)
+def test_channels_are_carried_where_it_is_said(name, axis):
+    """What is scaled by a power of two along one axis comes out so along the other, bit for bit."""
+    constants, attributes = CARRYING[name]
+    node = onnx.helper.make_node(name, ["x", *constants], ["y"], **attributes)
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [node], "g", [value("x", 1, [1, 6, 4, 5])], [value("y", 1, None)],
+        [onnx.numpy_helper.from_array(array, key) for key, array in constants.items()],
+    )  # fmt: skip
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    x = W(1, 6, 4, 5)
+    before = run_ort(proto, {"x": x})["y"]
+    (node,) = og.load(proto).nodes
+    after = op_of(node).carries(node.attrs, axis, x.shape, before.shape)
+    if after is not None:
+        factors = 2.0 ** np.arange(x.shape[axis], dtype=np.float32)
+        along = [[-1 if i == place else 1 for i in range(rank)] for place, rank in ((axis, 4), (after, before.ndim))]
+        scaled = run_ort(proto, {"x": x * factors.reshape(along[0])})["y"]
+        np.testing.assert_array_equal(scaled, before * factors.reshape(along[1]))
 
 
 def ready(proto):
@@ -154,6 +208,7 @@ def test_the_float_network_keeps_its_bits(name):
 def test_where_channels_cannot_be_scaled(name):
     text, more = NO_PLACES[name]
     constants = {"w": spread(6, 4, 1, 1), "v": W(5, 6, 1, 1), "v4": W(5, 4, 1, 1), "low": scalar(0), "high": scalar(6)}
+    constants |= {"m": W(8, 8), "n": W(8, 8) * 2.0 ** np.arange(8, dtype=np.float32), "m4": W(4, 8)}
     constants |= {f"p{n}": spread(n, 4, 1, 1) for n in (2, 3, 4)}
     used = {key: value for key, value in constants.items() if f" {key}" in text}
     proto = parse(CONV.format(text=text, more=more), **used)
