@@ -10,7 +10,9 @@ MOST = 512  # columns; a longer axis holds positions or classes, which are of on
 LEVELS = 255  # steps of an 8-bit grid
 NOISE = 1e-6  # of a column's magnitude: what moves less is constant
 INPUT_STEPS = 16  # that a column of an input covers, at least, where one grid serves all of them;
-OUTPUT_STEPS = 4  # and of an output, behind which nothing can add to the loss
+OWN_STEPS = 128  # where the model itself brings them to one scale, which says that the small ones count as much;
+OUTPUT_STEPS = 16  # and of an output,
+OUTPUT_SPREAD = 64  # of which the widest covers so many: all that varies may lie far from zero
 UNLIKE = (
     16.0  # times as far as half of the samples the farthest reaches: so many times fewer steps are left for that half
 )
@@ -47,17 +49,21 @@ class Columns:
         """Whether most samples would be lost on a grid that serves all of them."""
         return bool(self.reach) and UNLIKE * float(np.median(self.reach)) < max(self.reach)
 
-    def are_served(self, steps: float) -> bool:
+    def are_served(self, steps: float, widest: float = 0.0) -> bool:
         """Whether one grid serves all that was seen, as the function `are_served` says."""
-        return not len(self.low) or are_served(self.low, self.high, steps)
+        return not len(self.low) or are_served(self.low, self.high, steps, widest)
 
 
-def are_served(low: Array, high: Array, steps: float) -> bool:
-    """Whether every column that varies covers so many steps of the grid from the lowest to the highest value, and zero."""
+def are_served(low: Array, high: Array, steps: float, widest: float = 0.0) -> bool:
+    """Whether columns cover enough steps of the grid from the lowest to the highest value, and zero.
+
+    Every one that varies `steps`, and one of them `widest`.
+    """
     own = high - low
     varies = own > NOISE * np.maximum(np.abs(low), np.abs(high))
     step = (max(high.max(), 0.0) - min(low.min(), 0.0)) / LEVELS
-    return not bool((varies & (own < steps * step)).any())
+    lost = varies & (own < steps * step)
+    return not bool(lost.any() or (varies.any() and own.max() < widest * step))
 
 
 def column_axis(shape: Sequence[int]) -> int | None:

@@ -449,12 +449,12 @@ def find_uneven(
                     kind.setdefault(name, Columns()).add(values[name])
     except VerificationError:  # of which `loadable` and `measured` will say more
         return {}, []
-    steps = (columns.INPUT_STEPS, columns.OUTPUT_STEPS)
+    wanted_steps = ((columns.OWN_STEPS, 0), (columns.OUTPUT_STEPS, columns.OUTPUT_SPREAD))
     uneven = {
         name: seen
-        for kind, least in zip(found, steps, strict=True)
+        for kind, steps in zip(found, wanted_steps, strict=True)
         for name, seen in kind.items()
-        if not seen.are_served(least)
+        if not seen.are_served(*steps)
     }
     unlike, behind = ([name for name, seen in kind.items() if seen.are_unlike] for kind in found)
     return uneven, [*unlike, *behind] if unlike else []

@@ -664,7 +664,7 @@ class _Planner:
         if id(tensor) in self.outputs and tensor.name in extras(self.graph).uneven and not tensor.outputs:
             if tensor.shape and tensor.shape[-1] == 1:
                 return "an output that varies little beside its size: on one grid with zero, that would be lost"
-            return "an output whose columns differ in scale: one grid would lose the small ones"
+            return "an output whose columns differ in scale or lie far from zero: one grid would lose the small ones"
         if id(tensor) in self.outputs and tensor.name in extras(self.graph).unlike and not tensor.outputs:
             return "an output whose samples differ in size: one grid would lose the small ones"
         if any(_divides_by(reader, tensor) for reader in tensor.outputs):

@@ -78,6 +78,35 @@ def test_columns_of_an_input_keep_what_each_of_them_says(front: str) -> None:
     assert result.report.coverage.complete
 
 
+@pytest.mark.parametrize("front", ["standardised", "raw"])
+def test_columns_that_differ_little_are_scaled_where_the_model_does_it(front: str) -> None:
+    """What lies on an eighth of the grid has some 30 steps: a model that makes as much of it as of the others needs more."""
+    scale = f32(1, 1, 8, 8, 8, 8, 8, 8)
+    shift = {"mu": 2 * scale, "sd": scale}
+    model = parse(
+        f"(float[N,8] x) => (float[N,3] y) {{ {FRONTS[front]} {MLP}",
+        **{name: CONSTANTS[name] for name in ("w", "b", "v")}, **(shift if front == "standardised" else {}),
+    )  # fmt: skip
+    x = scale * (2 + DRAWN)
+    result = quantize(model, x, method="rtn", threads=1)
+    assert ("x" in result.plan) == (front == "raw")
+    if front == "standardised":
+        (expected,), (found,) = run(model, x=x), run(result.model, x=x)
+        assert decibels(expected, found).min() > 34
+
+
+@pytest.mark.parametrize(("offset", "float_output"), [(0, False), (20, False), (300, True), (1000, True)])
+def test_outputs_that_vary_little_beside_their_size_stay_float(offset: float, float_output: bool) -> None:
+    model = three_outputs(f"z = Identity(x) {MLP[:-1]} o = Identity(y) }}".replace("y =", "h =").replace(
+        "o = Identity(y)", "y = Add(h, far)"), far=np.full(3, offset, np.float32))  # fmt: skip
+    result = quantize(model, DRAWN, method="rtn", threads=1)
+    assert ("y" in result.plan.floats) == float_output
+    if float_output:
+        assert "far from zero" in result.plan.floats["y"]
+    (expected,), (found,) = run(model, x=DRAWN), run(result.model, x=DRAWN)
+    assert decibels(expected, found).min() > 28
+
+
 def three_outputs(text: str, **constants: Any) -> onnx.ModelProto:
     """A model of eight columns in front of these nodes and three behind, with those of the constants that they name."""
     constants |= {name: CONSTANTS[name] for name in ("w", "b", "v")}
@@ -251,6 +280,10 @@ def test_ranges_of_columns() -> None:
     )  # 17.85 steps; the last one does not vary
     assert not are_served(np.array([0.0, 0]), np.array([1.0, 0.05]), 16)
     assert not are_served(np.array([9990.0]), np.array([10010.0]), 4)  # half a step: the grid reaches down to zero
+    steps = np.zeros(2), np.array([0.2, 0.3])  # of the grid up to 1.0 that the third column asks for: 51 and 76
+    assert are_served(np.append(steps[0], 0.9), np.append(steps[1], 1.0), 16, 64)
+    assert not are_served(np.append(steps[0], 0.9), np.append(steps[1], 1.0), 16, 80)
+    assert are_served(np.array([5.0]), np.array([5.0]), 16, 64)  # nothing varies
     for shape, axis in (
         ((4,), None),
         ((4, 3), 1),
