@@ -758,7 +758,7 @@ def implausible(spec: InputSpec, fed: FeedRange, *, raw: bool = False, arrays: b
         return None
     seen = f"input {spec.name!r} was fed values in {fed.min:.4g}..{fed.max:.4g}"
     # A range up to 1/255 is what scaling twice leaves; 20 is far outside every normalised range.
-    if fed.max - fed.min < 1e-6:
+    if fed.max - fed.min <= 1e-6 * max(abs(fed.min), abs(fed.max)):
         return f"{seen}: all equal; check the data"
     if not arrays and min(abs(fed.min), abs(fed.max)) > OFFSET * (fed.max - fed.min) and fed.min * fed.max > 0:
         return f"{seen}, far from 0 beside how much they vary; check --mean and --std, which apply after the scale"

@@ -27,7 +27,7 @@ from onnx_eptq.compensate import compensate
 from onnx_eptq.grid import along, flat
 from onnx_eptq.methods import Effort, Method, Stage
 from onnx_eptq.mirror import BiasQuantizer, Mirror, Quantizer, column_factors
-from onnx_eptq.outputs import decisions, distributed, judged_targets, learning_targets
+from onnx_eptq.outputs import decisions, distributed, judged_targets, learning_targets, moved_from
 from onnx_eptq.pieces import Piece
 from onnx_eptq.plan import Layer, Plan
 from onnx_eptq.rounding import (
@@ -57,6 +57,8 @@ DRAWING = threading.Lock()  # torch's own generator, which runs in other threads
 SEEDS = 2**63  # that torch's generators take
 CURVE = 50  # points of a recorded loss curve
 INTERVAL = 40.0  # seconds between checkpoints, which hold the model several times: with a step, what a killed run loses
+# Between the largest score and the next, mostly: classifiers that are sure of themselves come to 20.
+NO_SCORES = 50.0
 HESSIAN_SAMPLES = 64
 BATCH = 32  # samples per step that falling rates are made for
 START_BATCH = 8  # samples that gradients for the closed-form start are taken of together: few, as all values are kept
@@ -165,7 +167,8 @@ class Judge:
             total += _by_sample((expected - found).square() / expected.square().mean().clamp(min=1e-20), len(total))
             axis = distribution_axis(expected, self.axes.get(target))
             if axis is not None:
-                total += _by_sample(divergence(found, expected, axis, "none").sum(1), len(total))
+                terms = divergence(found.double(), expected.double(), axis, "none").sum(1)
+                total += _by_sample(terms.clamp(min=0), len(total))  # float rounding leaves less than nothing
         return total
 
     def distance(self, student: Mirror) -> float:
@@ -218,12 +221,18 @@ def gain(losses: Tensor, kept: Tensor, errors: float = 0.0) -> float:
 def distribution_axis(z: Tensor, known: int | None = None) -> int | None:
     """The axis along which an output holds one score per class, or None.
 
-    The `known` one, as `outputs.distributed` finds it; else 1 of [samples, classes] with any further axes of size 1.
+    The `known` one, as `outputs.distributed` finds it; else 1 of [samples, classes] with any further axes of size 1, unless the
+    largest is mostly so far ahead that they are no scores: a Softmax of measured quantities says nothing of the smaller ones.
     """
     axis = 1 if known is None else known
     if z.ndim <= axis or z.shape[axis] < 2:
         return None
-    return axis if known is not None or math.prod(z.shape[2:]) == 1 else None
+    if known is not None:
+        return axis
+    if math.prod(z.shape[2:]) != 1 or not len(z):
+        return None
+    first, second = z.flatten(1).topk(2).values.T
+    return axis if float((first - second).median()) < NO_SCORES else None
 
 
 def divergence(found: Tensor, expected: Tensor, axis: int = 1, reduction: str = "batchmean") -> Tensor:
@@ -391,7 +400,7 @@ def _coefficients(
         problem.teacher, problem.graph, layers, raw, batch=problem.together, seed=problem.seed
     )
     if stage.last == "cap":
-        scores = hessian.capped(scores, learning_targets(problem.graph))
+        scores = hessian.capped(scores, moved_from(problem.graph, learning_targets(problem.graph)))
     most = max(float(score.mean()) for score in scores.values()) or 1.0
     return [
         (stage.features * _channels(value) / most * scores[layer.output.name]).float().to(value.device)

@@ -30,6 +30,18 @@ def judged_targets(graph: gs.Graph) -> list[str]:
     return _ends(graph, lambda node: (op_of(node).squashes and not op_of(node).unary) or masks(node))
 
 
+def moved_from(graph: gs.Graph, names: Iterable[str]) -> list[str]:
+    """Values and what holds their elements before operators that only move them (Reshape, Transpose)."""
+    tensors, found = graph.tensors(), list[str]()
+    for name in names:
+        tensor: gs.Tensor | None = tensors[name]
+        while tensor is not None:
+            found.append(tensor.name)
+            moves = tensor.inputs and role_of(tensor.inputs[0]) == "same_grid"
+            tensor = next(iter(_activations(tensor.inputs[0])), None) if moves else None
+    return found
+
+
 def _ends(graph: gs.Graph, squashes: Callable[[gs.Node], bool]) -> list[str]:
     """What the outputs come to, and what is selected by on the way to them."""
     tensors = graph.tensors()

@@ -901,9 +901,10 @@ def _is_single(node: gs.Node) -> bool:
 
 
 def _makers(tensor: gs.Tensor) -> list[gs.Node]:
-    """What computes a value; behind a Relu or Clip, which a runtime may drop, what computes its input as well."""
+    """What computes a value, and what is before operators that move or limit it, which a runtime may drop or swap with it."""
     nodes = list(tensor.inputs)
-    return nodes + [before for node in nodes if role_of(node) == "clamp" for before in node.inputs[0].inputs]
+    passing = [node for node in nodes if role_of(node) in ("clamp", "same_grid")]
+    return nodes + [maker for node in passing for maker in _makers(node.inputs[0])]
 
 
 def _only_moves(node: gs.Node) -> bool:

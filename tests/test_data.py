@@ -775,6 +775,8 @@ def test_feed_range():
         (0, 90, "looks like raw pixels"),
         (0, 1 / 255, "looks scaled twice"),
         (0.5, 0.5, "all equal; check the data"),
+        (0, 0, "all equal; check the data"),
+        (-4e-15, 3e-15, "looks scaled twice"),
         (-2, 1111, "beyond any pixel; check --scale, --mean and --std"),
         (-5000, 2, "beyond any pixel"),
         (-2.12, -1.79, "far from 0 beside how much they vary; check --mean and --std"),

@@ -354,6 +354,46 @@ def test_divergence_is_along_the_axis_of_the_classes(end, axis):
     assert judge.distance(found.student) == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.parametrize(("gap", "axis"), [(0.0, 1), (20.0, 1), (200.0, None)])
+def test_measured_quantities_are_no_scores(gap, axis):
+    """[samples, 5]: a Softmax of numbers that far apart would look at the largest alone."""
+    z = torch.from_numpy(weights(9)(40, 5))
+    z[torch.arange(40), torch.arange(40) % 5] += gap
+    assert eptq.distribution_axis(z) == axis
+    assert eptq.distribution_axis(z.reshape(40, 5, 1, 1)) == axis
+    assert eptq.distribution_axis(z, known=1) == 1  # which a Softmax reads
+    assert eptq.distribution_axis(z[:, :1]) is None
+    assert eptq.distribution_axis(z[:0]) is None
+
+
+def test_no_distance_is_below_zero():
+    """In float32 the divergence of what is almost the same is a sum of errors of rounding, of either sign."""
+    draw = weights(5)
+    found = models.quantize(parse("(float[N,6] x) => (float[N,10] y) { y = MatMul(x, w) }", w=draw(6, 10)))
+    judge = Judge(found.teacher, found.graph, ["y"], models.samples_of(found, 64), batch=64)
+    weight = found.teacher.constant(found.layers[0].weight.name)
+    with torch.no_grad():
+        for _ in range(5):
+            close = copy.deepcopy(found.teacher)
+            close.constant(found.layers[0].weight.name).copy_(weight * (1 + 1e-6 * torch.randn_like(weight)))
+            losses = judge.losses(close)
+            assert float(losses.min()) >= 0
+            assert 0 < float(losses.mean()) < 1e-10
+
+
+def test_the_last_layer_is_capped_whatever_moves_its_elements():
+    draw = weights(5)
+    text = "(float[N,6] x) => (float[N,k,2] y) { a = MatMul(x, w) b = Relu(a) h = Gemm(b, v) y = Reshape(h, pairs) }"
+    found = models.quantize(parse(text, w=draw(6, 8), v=draw(8, 10) * np.float32(0.1), pairs=i64(0, 5, 2)))
+    problem = models.problem(found, "eptq-v2", count=16)
+    stage = replace(METHODS["eptq-v2"].stages[-1], last="cap")
+    assert stage.weighting == "sla"
+    values = [torch.ones(16, 8), torch.ones(16, 10)]
+    first, last = (c.double().mean() / values[i].shape[1] for i, c in enumerate(
+        eptq._coefficients(problem, stage, values, found.layers)))  # fmt: skip
+    assert float(last) <= float(first) * (1 + 1e-6)
+
+
 def test_what_is_learned_replaces_a_start_by_more_than_chance():
     """The paired gain against its standard error, as a t statistic would be."""
     generator = torch.Generator().manual_seed(3)

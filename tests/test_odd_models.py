@@ -602,6 +602,14 @@ def test_so_do_shares_that_are_kept_from_the_ends(classes: int, limits: tuple[fl
     assert not [text for text in result.report.warnings if "dB" in text]
 
 
+def test_so_do_single_shares_that_are_moved() -> None:
+    text = """(float[N,6] x) => (float[N,4] y) { h = MatMul(x, w) p = Softmax <axis = 1> (h) r = Reshape(p, shape)
+      c = Clip(r, low, high) f = Reshape(c, flat) y = MatMul(f, u) }"""
+    limits = {"low": np.array(0, np.float32), "high": np.array(1, np.float32)}
+    model = parse(text, w=W(6, 1), u=W(1, 4), shape=i64(-1, 1, 1), flat=i64(-1, 1), **limits)
+    assert quantize(model, samples(model), weight_bits=8, method="rtn", threads=1).report.fidelity.sqnr_db["y"] > 30
+
+
 @pytest.mark.parametrize("length", [2, 5, 40])
 @pytest.mark.parametrize("shares", ["y = MatMul(p, x)", "c = Clip(p, none, all) y = MatMul(c, x)"])
 def test_so_do_those_of_an_attention_whose_length_is_open(length: int, shares: str) -> None:
