@@ -39,7 +39,8 @@ def split(of: Sequence[int], seed: int, multiple: int = 1, upto: int = MOST) -> 
     of = list(of) if len(set(of)) > 1 else list(range(len(of)))
     sizes = Counter(of)
     count = len(sizes)
-    wanted = max(count // SHARE, min(count // SHARE_OF_FEW, ENOUGH), LEAST)
+    enough = ENOUGH * upto // MOST
+    wanted = max(count // SHARE, min(count // SHARE_OF_FEW, enough), LEAST)
     wanted = -(-min(wanted, upto) // multiple) * multiple
     if wanted * 2 > count:
         units = count // multiple
