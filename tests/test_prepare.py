@@ -486,6 +486,16 @@ for line in ("y = Mul(a, s)", "y = Mul(s, a)", "y = Div(a, s)"):
         example("fold_scale", IMAGE + "{ a = Conv(x, w, b)\n " + line + " }", "Conv", s=scale, **CONV)
 example("fold_scale", "(float[N,5,3] x) => (float[N,5,4] y) { a = MatMul(x, w)\n y = Mul(a, s) }", "MatMul",
         w=rand(3, 4), s=rand(4))  # fmt: skip
+LAYERS = "(float[N,5,3] x) => (float[N,5,4] y) { a = MatMul(x, w)\n b = Add(a, bias)\n "
+for line in ("y = Mul(b, s)", "y = Mul(s, b)", "y = Div(b, s)"):
+    example("fold_scale", LAYERS + line + " }", "MatMul Add", w=rand(3, 4), bias=rand(4), s=positive(1, 4))
+for bias in (rand(), rand(5, 1), rand(1, 5, 4)):
+    example("fold_scale", LAYERS + "y = Mul(b, s) }", "MatMul Add", w=rand(3, 4), bias=bias, s=positive(4))
+example("fold_scale", "(float[N,5,6,3] x) => (float[N,4,5,6] y) { a = MatMul(x, w)\n b = Add(bias, a)\n"
+        "t = Transpose<perm = [0, 3, 1, 2]>(b)\n c = Add(t, plus)\n y = Mul(c, s) }", "",
+        w=rand(3, 4), bias=rand(4), plus=rand(5, 1), s=rand(4, 1, 1))  # fmt: skip
+example("fold_scale", "(float[N,3,8,8] x) => (float[N,6,6,4] y) { a = Conv(x, w, b)\n t = Transpose<perm = [0, 2, 3, 1]>(a)\n"
+        " y = Mul(t, s) }", "Conv Transpose", s=rand(4), **CONV)  # fmt: skip
 QUERY = "a = MatMul(x, w)\n b = Add(a, bias)\n c = Reshape(b, heads)\n q = Transpose<perm = [0, 2, 1, 3]>(c)\n"
 KEYS = "k = Transpose<perm = [0, 1, 3, 2]>(u)\n"
 for line in ("y = Mul(q, s)", "y = Mul(s, q)"):
@@ -679,6 +689,13 @@ def test_prepare_settles_on_every_example(model):
 # ------------------------------------------------------------------------------------------- what must not be changed
 
 UNTOUCHED = {
+    "a scale along another axis than channels": LAYERS.replace("bias", "v4").replace("w)", "w34)")
+    + "y = Mul(b, s51) }",
+    "a scale of a sum that is an output": "(float[N,5,3] x) => (float[N,5,4] y, float[N,5,4] b)"
+    "{ a = MatMul(x, w34)\n b = Add(a, v4)\n y = Mul(b, v4) }",
+    "a scale of a product that others read": "(float[N,5,3] x) => (float[N,5,4] y)"
+    "{ a = MatMul(x, w34)\n b = Add(a, v4)\n c = Mul(b, v4)\n y = Add(c, a) }",
+    "a scale of what rules classes out": LAYERS.replace("bias", "ruled4").replace("w)", "w34)") + "y = Mul(b, v4) }",
     "a member that is computed": "(float[N,6] x, int64 i) => (float[N,2] y)"
     "{ s = SplitToSequence<axis = 1>(x, by2)\n j = Mod(i, by2)\n y = SequenceAt(s, j) }",
     "parts of unknown number": "(float[N,4] x) => (float[1,4] y) { s = SplitToSequence(x)\n y = SequenceAt(s, at1) }",
@@ -719,7 +736,8 @@ UNTOUCHED = {
 CONSTANTS = dict(
     z=np.zeros((2, 4), np.float32), **CONV, **BN3, gamma4=positive(4), s4=rand(4, 1, 1), row=rand(6), s3=rand(3, 1, 1),
     p=vec(0, 0, 1, 1, 0, 0, 1, 1), p3=vec(0, 0, 3, 3, 0, 0, 3, 3), half=one(0.5), pc=vec(0, 1, 0, 0, 0, 0, 0, 0),
-    w34=rand(3, 4), v4=rand(4), m24=rand(2, 4), one1=vec(1), last=vec(-1), hw=vec(2, 3), m23=vec(2, 3), s64=vec(64, 64),
+    w34=rand(3, 4), v4=rand(4), s51=rand(5, 1), ruled4=one([0.5, -np.inf, 0.25, 1]),
+    m24=rand(2, 4), one1=vec(1), last=vec(-1), hw=vec(2, 3), m23=vec(2, 3), s64=vec(64, 64),
     ruled=RULED_OUT, w43=rand(4, 3), by2=np.int64(2), at1=np.int64(1),
     z0=one(0), codes=RNG.integers(-8, 8, (4, 4)).astype(np.int8), scale=one(0.25),
 )  # fmt: skip

@@ -444,8 +444,64 @@ def fold_batchnorm(graph: gs.Graph) -> int:
 
 
 def fold_scale(graph: gs.Graph) -> int:
-    """Fold a product with a constant per channel into the weight of the linear operator before it."""
-    return _fold_into_producer(graph, "Mul", "Div")
+    """Fold a product with a constant per channel into the weight of the linear operator before it.
+
+    Through Transposes and sums with constants, too, as the scales of blocks lie in ConvNeXt and vision transformers.
+    """
+    changes = _fold_into_producer(graph, "Mul", "Div")
+    kept = output_ids(graph)
+    for node in list(graph.nodes):
+        found = constant_operand(node) if is_op(node, "Mul", "Div") and node.outputs else None
+        if found is not None and not (node.op == "Div" and found[2] == 0):
+            source, values, _ = found
+            values = values.astype(np.float64)
+            changes += _scale_before(graph, node, source, values if node.op == "Mul" else 1 / values, kept)
+    return changes
+
+
+def _scale_before(graph: gs.Graph, node: gs.Node, source: gs.Tensor, factors: Array, kept: set[int]) -> bool:
+    """Scale the weight and what is added to its products instead of `source`, as `node` does; False where that cannot be."""
+    rank = rank_of(source)
+    if rank is None or rank_of(node.outputs[0]) != rank or not np.isfinite(factors).all():
+        return False
+    places = list(range(rank))  # of the axes of `value`: where they lie in the node's output
+    sums: list[tuple[gs.Node, int, Array, list[int]]] = []
+    between: list[gs.Tensor] = []
+    value, reader = source, node
+    while True:
+        maker = producer(value, "Transpose", "Add", *LINEAR)
+        if maker is None or not only_for(value, reader, kept) or rank_of(value) != rank:
+            return False
+        if maker.op in LINEAR:
+            break
+        before, added, index = constant_operand(maker) or (maker.inputs[0], None, 0)
+        if maker.op == "Transpose":
+            order = list(maker.attrs.get("perm") or range(rank)[::-1])
+            places = [places[order.index(axis)] for axis in range(rank)]
+        elif added is None or not np.isfinite(added).all():
+            return False
+        else:
+            sums.append((maker, index, added.astype(np.float64), places))
+        value, reader = before, maker
+        between.append(value)
+    shape, weight, bias = _linear_shape(maker), const_at(maker, 1), const_at(maker, 2)
+    if not between or shape is None or weight is None or len(maker.inputs[1].outputs) > 1:
+        return False
+    place = places[shape[0]]
+    vector = _channel_vector(factors, place, rank, shape[2])
+    if vector is None:
+        return False
+    set_constant(graph, maker, 1, _scale_outputs(maker, weight.astype(np.float64), vector))
+    if bias is not None:
+        set_constant(graph, maker, 2, bias.astype(np.float64) * vector)
+    for adder, index, added, where in sums:
+        total = added * vector.reshape([-1 if axis == place else 1 for axis in where])
+        leading = next((axis for axis, size in enumerate(total.shape) if size > 1), rank - 1)
+        set_constant(graph, adder, index, total.reshape(total.shape[leading:]))
+    for tensor in between:
+        tensor.name = fresh_name(graph, f"{tensor.name}_scaled")
+    take_place(node, source)
+    return True
 
 
 def fold_factor(graph: gs.Graph) -> int:
