@@ -64,6 +64,7 @@ from onnx_eptq.prepare import add_biases, even_inputs, free_batch, prepare
 from onnx_eptq.prepare.opset import lower_opset
 from onnx_eptq.report import Phases, Report, find_islands, measure_coverage
 from onnx_eptq.targets import TARGETS, Target
+from onnx_eptq.views import count_views
 from onnx_eptq.widths import DEFAULT_WEIGHT_WIDTHS, Asked, Group, candidates, with_widths
 from onnx_eptq.write import write
 
@@ -90,6 +91,7 @@ RANGE_BATCH, RANGE_BYTES = 8, 2**28  # samples that gradients of all activations
 RANGE_COST = 12.0  # of weighing ranges, per sample; unit: a run of the float model
 GRADIENT_BYTES = 24  # that this takes per quantized element
 STEP_COST, START_COST = 1.5, 4.5  # of a step, and of a closed-form start, per sample; unit: a run of the float model
+STEP_VALUES = 4  # times the values of a batch that a step holds, for both networks and the gradients
 LEAST_SAMPLES = 32  # that layers are solved with, whatever the memory
 IMAGE_ELEMENTS = 3 * 224 * 224  # a sample of this size is run in batches of 32
 LARGEST = 16  # times its input that the largest activation of a sample is, before it is that which counts as its size
@@ -645,8 +647,7 @@ def estimate(job: Job) -> dict[str, float]:
     model_mb = job.report.float_bytes / 2**20
     method, effort = METHODS[job.config.method], sized_effort(job)
     learning = learning_cost(job, method, effort) * spent / job.batches.batch_size if method.stages else 0.0
-    values = sum(count * size for count, size in job.counts.values()) * job.batches.num_samples
-    held = 2 * min(job.config.cache_mb, values / 2**20) if method.stages else 0.0
+    held = learning_bytes(job, teacher, calibrate.feed(teacher, batch)) / 2**20 if method.stages else 0.0
     if job.config.calibration == "hmse":  # gradients of all activations, before anything is learned
         kept = sum(
             job.counts[value][0]
@@ -656,18 +657,30 @@ def estimate(job: Job) -> dict[str, float]:
         each = GRADIENT_BYTES * kept
         gradients = min(RANGE_BATCH, max(1, RANGE_BYTES // max(1, round(each)))) * each / 2**20
         held = max(held, gradients if gradients <= job.config.cache_mb else 0.0)
-    if method.stages:  # the samples themselves, and those of a batch order
-        inputs = sum(array.nbytes for array in next(job.batches.samples()).values())
-        held += 2 * min(job.batches.num_samples, most_samples(job, method, effort)) * inputs / 2**20
     held += min(calibrate.KEPT * 4 / 2**20, candidates * model_mb)
-    if method.start == "compensated":
-        held += max((compensate.solving_bytes(layer) for layer in job.layers), default=0) / 2**20
     some = weight_samples(job) / job.batches.batch_size
     ranges = RANGE_COST * some if job.config.calibration == "hmse" else 0.0
     return {
         "seconds": spent * (rounds + weights + ranges + some * measuring_runs(job) + 2) + learning + 1,
         "peak_mb": peak + 4 * model_mb + 60 + held,
     }
+
+
+def learning_bytes(job: Job, teacher: mirror.Mirror, batch: Sequence[torch.Tensor]) -> float:
+    """What learning holds at most: its samples, and what the start solves with or the teacher's values and those of a step."""
+    method, effort, cache = METHODS[job.config.method], sized_effort(job), job.config.cache_mb * 2**20
+    loaded = min(job.batches.num_samples, most_samples(job, method, effort))
+    learned = max(1, loaded - loaded // heldout.SHARE)
+    seen = learned * count_views([x[:1].expand(learned, *x.shape[1:]) for x in batch], job.config.views, cache)
+    samples = sum(x[:1].numel() * x.element_size() for x in batch) * (loaded + seen)
+    outputs = (job.counts.get(layer.output.name, (0.0, 0)) for layer in job.layers)
+    kept = sum(count * size for count, size in outputs) * seen
+    step = STEP_VALUES * effort.batch * sum(count * size for count, size in job.counts.values())
+    start = 0.0
+    if method.start == "compensated":
+        start = min(cache, compensate.held_bytes(teacher, job.layers, batch) * min(effort.samples, learned))
+        start += max((compensate.solving_bytes(layer) for layer in job.layers), default=0)
+    return samples + max(start, (kept if kept <= cache else 0.0) + step)
 
 
 @dataclass
