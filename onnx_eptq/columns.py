@@ -10,9 +10,11 @@ MOST = 512  # columns; a longer axis holds positions or classes, which are of on
 LEVELS = 255  # steps of an 8-bit grid
 NOISE = 1e-6  # of a column's magnitude: what moves less is constant
 INPUT_STEPS = 16  # that a column of an input covers, at least, where one grid serves all of them;
-OWN_STEPS = 128  # where the model itself brings them to one scale, which says that the small ones count as much;
-OUTPUT_STEPS = 16  # and of an output,
-OUTPUT_SPREAD = 64  # of which the widest covers so many: all that varies may lie far from zero
+OWN_STEPS = 128  # where the model itself brings them to one scale, which says that the small ones count as much,
+GAIN = 2.0  # and where this leaves the smallest so many times the steps;
+OUTPUT_STEPS = 4  # and of an output, behind which nothing can add to the loss,
+ROW_STEPS = 16  # but of one that holds a row of numbers per sample: in maps and sequences the rare classes are small;
+ROW_SPREAD = 64  # of which the widest covers so many: all that varies may lie far from zero
 UNLIKE = (
     16.0  # times as far as half of the samples the farthest reaches: so many times fewer steps are left for that half
 )
@@ -49,21 +51,33 @@ class Columns:
         """Whether most samples would be lost on a grid that serves all of them."""
         return bool(self.reach) and UNLIKE * float(np.median(self.reach)) < max(self.reach)
 
+    @property
+    def share(self) -> float:
+        """As the function `share` of what was seen."""
+        return share(self.low, self.high)
+
     def are_served(self, steps: float, widest: float = 0.0) -> bool:
         """Whether one grid serves all that was seen, as the function `are_served` says."""
         return not len(self.low) or are_served(self.low, self.high, steps, widest)
 
 
-def are_served(low: Array, high: Array, steps: float, widest: float = 0.0) -> bool:
-    """Whether columns cover enough steps of the grid from the lowest to the highest value, and zero.
-
-    Every one that varies `steps`, and one of them `widest`.
-    """
+def shares(low: Array, high: Array) -> Array:
+    """Which part of the range from the lowest to the highest value, and zero, every column covers that varies."""
     own = high - low
     varies = own > NOISE * np.maximum(np.abs(low), np.abs(high))
-    step = (max(high.max(), 0.0) - min(low.min(), 0.0)) / LEVELS
-    lost = varies & (own < steps * step)
-    return not bool(lost.any() or (varies.any() and own.max() < widest * step))
+    found: Array = own[varies] / (max(high.max(initial=0.0), 0.0) - min(low.min(initial=0.0), 0.0))
+    return found
+
+
+def share(low: Array, high: Array) -> float:
+    """The least of `shares`; 1 where nothing varies."""
+    return float(shares(low, high).min(initial=1.0))
+
+
+def are_served(low: Array, high: Array, steps: float, widest: float = 0.0) -> bool:
+    """Whether every column that varies covers `steps` of the grid of all, and one of them `widest`."""
+    covered = LEVELS * shares(low, high)
+    return not covered.size or bool(covered.min() >= steps and covered.max() >= widest)
 
 
 def column_axis(shape: Sequence[int]) -> int | None:

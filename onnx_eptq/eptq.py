@@ -167,8 +167,9 @@ class Judge:
             total += _by_sample((expected - found).square() / expected.square().mean().clamp(min=1e-20), len(total))
             axis = distribution_axis(expected, self.axes.get(target))
             if axis is not None:
-                terms = divergence(found.double(), expected.double(), axis, "none").sum(1)
-                total += _by_sample(terms.clamp(min=0), len(total))  # float rounding leaves less than nothing
+                parts = zip(torch.split(found, self.batch), torch.split(expected, self.batch), strict=True)
+                terms = torch.cat([divergence(a.double(), b.double(), axis, "none").sum(1) for a, b in parts])
+                total += _by_sample(terms.clamp(min=0), len(total))  # rounding leaves less than nothing
         return total
 
     def distance(self, student: Mirror) -> float:

@@ -147,6 +147,9 @@ def class_axes(graph: gs.Graph) -> dict[str, int]:
     names += [node.inputs[0].name for node in graph.nodes if is_op(node, "TopK")]
     found = {name: known[name] for name in names if known.get(name)}
     whole = [tensor for tensor in graph.outputs if tensor.name in extras(graph).uneven]
+    distributed |= {
+        tensor.name for tensor in graph.outputs if any(is_op(n, *_DISTRIBUTES, "ArgMax") for n in tensor.outputs)
+    }
     whole += [tensor for tensor in graph.outputs if tensor.name not in distributed and _is_picture(tensor, graph)]
     return found | {tensor.name: len(tensor.shape or ()) for tensor in whole}
 

@@ -61,6 +61,7 @@ from onnx_eptq.plan import (
     reach_open,
 )
 from onnx_eptq.prepare import add_biases, even_inputs, free_batch, prepare
+from onnx_eptq.prepare.linear import behind_affine
 from onnx_eptq.prepare.opset import lower_opset
 from onnx_eptq.report import Phases, Report, find_islands, measure_coverage
 from onnx_eptq.targets import TARGETS, Target
@@ -268,11 +269,16 @@ def begin(
     batches = open_batches(graph, data, config)
     with phases("plan"):
         uneven, unlike = find_uneven(graph, source, batches)
-        if uneven:  # which is rare: then what evens them out is needed
-            graph = graphs.load(model)
-            graphs.extras(graph).uneven = list(uneven)
-            changes = prepare(graph)
-            changes["even_inputs"] = even_inputs(graph, {name: (seen.low, seen.high) for name, seen in uneven.items()})
+        while uneven:  # then what evens them out is needed, where it does
+            other = graphs.load(model)
+            graphs.extras(other).uneven = list(uneven)
+            other_changes = prepare(other)
+            ranges = {name: (seen.low, seen.high) for name, seen in uneven.items()}
+            idle = idle_inputs(other, ranges)
+            if not idle:
+                graph, changes = other, other_changes | {"even_inputs": even_inputs(other, ranges)}
+                break
+            uneven = {name: seen for name, seen in uneven.items() if name not in idle}
         graphs.extras(graph).unlike = unlike
         if config.strip_notes:
             graphs.strip_notes(graph)
@@ -433,13 +439,13 @@ def open_batches(graph: gs.Graph, data: Any, config: Config) -> sources.Batches:
 def find_uneven(
     graph: gs.Graph, source: onnx.ModelProto | Path, batches: sources.Batches
 ) -> tuple[dict[str, Columns], list[str]]:
-    """What one grid would lose the small ones of: values whose columns differ in scale, and names of such whose samples do.
+    """What one grid may lose the small ones of: values whose columns differ in scale, and names of such whose samples do.
 
-    Of outputs that are shares or scores, small columns are what they should be. Samples of outputs count where those of an
-    input differ, too: a series that was brought to one size and is brought back.
+    Of outputs that are shares or scores, small columns are what they should be; outputs that are read within have a grid in any
+    case. Samples of outputs count where those of an input differ, too: a series that was brought to one size and is brought back.
     """
     found: tuple[dict[str, Columns], dict[str, Columns]] = {}, {}
-    outputs = [tensor for tensor in graph.outputs if not is_score(tensor)]
+    outputs = [tensor for tensor in graph.outputs if not is_score(tensor) and not tensor.outputs]
     names = [{tensor.name for tensor in some if np.dtype(tensor.dtype).kind == "f"} for some in (graph.inputs, outputs)]
     size = sum(array.size for array in next(batches.samples()).values())
     few = max(LEAST_COLUMN_SAMPLES, min(FEW_COLUMN_SAMPLES, FEW_COLUMN_SAMPLES * IMAGE_ELEMENTS // max(1, size)))
@@ -451,15 +457,38 @@ def find_uneven(
                     kind.setdefault(name, Columns()).add(values[name])
     except VerificationError:  # of which `loadable` and `measured` will say more
         return {}, []
-    wanted_steps = ((columns.OWN_STEPS, 0), (columns.OUTPUT_STEPS, columns.OUTPUT_SPREAD))
+    ranks = {tensor.name: len(tensor.shape or ()) for tensor in (*graph.inputs, *graph.outputs)}
     uneven = {
         name: seen
-        for kind, steps in zip(found, wanted_steps, strict=True)
+        for kind, steps in zip(found, (steps_of_input, steps_of_output), strict=True)
         for name, seen in kind.items()
-        if not seen.are_served(*steps)
+        if not seen.are_served(*steps(ranks[name], len(seen.low)))
     }
     unlike, behind = ([name for name, seen in kind.items() if seen.are_unlike] for kind in found)
     return uneven, [*unlike, *behind] if unlike else []
+
+
+def steps_of_input(rank: int, _count: int) -> tuple[float, float]:
+    """Steps that every column of an input, and the widest, should cover; the channels of images are alike enough."""
+    return (columns.INPUT_STEPS if rank == 4 else columns.OWN_STEPS), 0.0
+
+
+def steps_of_output(rank: int, count: int) -> tuple[float, float]:
+    """As `steps_of_input`; what lies far from zero is no score where there is one column, or a row of them per sample."""
+    return (columns.ROW_STEPS if rank <= 2 else columns.OUTPUT_STEPS), (
+        columns.ROW_SPREAD if rank <= 2 or count == 1 else 0.0
+    )
+
+
+def idle_inputs(graph: gs.Graph, ranges: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> list[str]:
+    """Inputs with columns that one grid serves, and that what the model does to them brings no nearer to each other."""
+    found = []
+    for tensor in graph.inputs:
+        if tensor.name in ranges and columns.are_served(*ranges[tensor.name], columns.INPUT_STEPS):
+            _, *behind = behind_affine(tensor, *ranges[tensor.name])
+            if columns.share(*behind) < columns.GAIN * columns.share(*ranges[tensor.name]):
+                found.append(tensor.name)
+    return found
 
 
 def describe_data(job: Job) -> None:

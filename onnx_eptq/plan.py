@@ -376,7 +376,7 @@ def _decoding(graph: gs.Graph) -> dict[int, str]:
 
 
 def is_score(tensor: gs.Tensor) -> bool:
-    """Whether the values are Sigmoids, Softmaxes or the like, their products, or moved from them."""
+    """Whether the values are Sigmoids, Softmaxes or the like, their products, or moved from them, within limits or not."""
     (producer,) = tensor.inputs or (None,)
     if producer is None:
         return False
@@ -384,7 +384,7 @@ def is_score(tensor: gs.Tensor) -> bool:
         return all(is_score(source) for source in producer.inputs)
     if is_op(producer, "Sub"):  # 1 - p
         return _constant_scalar(producer.inputs[0]) == 1 and is_score(producer.inputs[1])
-    if role_of(producer) == "same_grid":
+    if role_of(producer) in ("same_grid", "clamp"):
         return is_score(producer.inputs[0])
     return op_of(producer).squashes and op_of(producer).bounds == (0.0, 1.0)
 
@@ -618,7 +618,8 @@ class _Planner:
         kept |= {id(layer.node) for layer in self.layers if _matches(rules.keep_float, layer.weight.name)}
         self.kept = kept
         self.region, self.front = _float_region(graph, kept, fronts)
-        self.region = _sample_scalers(graph) | _column_scalers(graph) | self.region
+        self.scalers = _sample_scalers(graph) | _column_scalers(graph)
+        self.region = self.scalers | self.region
         self.masked: set[int] = set()  # values that hold the huge numbers of a mask
         for node in graph.nodes:
             moved = role_of(node) == "same_grid" and id(node.inputs[0]) in self.masked
@@ -632,7 +633,10 @@ class _Planner:
         return default
 
     def fused(self, tensor: gs.Tensor) -> bool:
-        """Whether no quantizer may sit here: before a Relu/Clip that alone reads it, or before the bias of a MatMul."""
+        """Whether no quantizer may sit here: before a Relu/Clip that alone reads it, or before the bias of a MatMul.
+
+        But for a Softmax, as runtimes drop a Clip that its grid implies: if it runs on integers, its own must reach far enough.
+        """
         if id(tensor) in self.outputs or len(tensor.outputs) != 1:
             return False
         if id(tensor) in self.bias_sums:
@@ -641,10 +645,9 @@ class _Planner:
         if id(consumer) not in self.nodes:  # inside a subgraph, where nothing is quantized
             return False
         clamps = role_of(consumer) == "clamp" and id(consumer) not in self.region
-        made = tensor.inputs and role_of(tensor.inputs[0]) in ("linear", "arithmetic")
-        return (
-            clamps and bool(made) and not _shares(tensor.inputs[0])
-        )  # what an integer Softmax writes must reach far enough
+        if not clamps or not tensor.inputs or role_of(tensor.inputs[0]) not in ("linear", "arithmetic"):
+            return False
+        return not _shares(tensor.inputs[0]) or self.reason_to_stay_float(consumer.outputs[0]) is not None
 
     def reason_to_stay_float(self, tensor: gs.Tensor) -> str | None:
         """Why an activation gets no quantizer although it is float32, or None."""
@@ -669,7 +672,7 @@ class _Planner:
             return "an output whose samples differ in size: one grid would lose the small ones"
         if any(_divides_by(reader, tensor) for reader in tensor.outputs):
             return "a divisor, which could be 0 on a grid"
-        if any(_is_single(node) for node in _makers(tensor)):
+        if any(_is_single(node) for node in _made_by(tensor)):
             return "a Softmax of single elements, which integer kernels compute as 0"
         if tensor.outputs and id(tensor) not in self.outputs and all(role_of(n) == "untouched" for n in tensor.outputs):
             return f"read by {tensor.outputs[0].op} only"
@@ -683,11 +686,12 @@ class _Planner:
     def wide(self, tensor: gs.Tensor) -> bool:
         """Whether the value keeps `EDGE_BITS` however narrow other activations are.
 
-        Network inputs and outputs; what only a Softmax, ArgMax or the like reads (ties would decide); and a linear operator's
-        output that only an Add reads: kernels fuse the two, and no narrow tensor lies between.
+        Network inputs, also where something brings them to one scale first, and outputs; what only a Softmax, ArgMax or the like
+        reads (ties would decide); and a linear operator's output that only an Add reads: kernels fuse the two, and no narrow
+        tensor lies between.
         """
         readers = tensor.outputs
-        if not tensor.inputs or id(tensor) in self.outputs:
+        if not tensor.inputs or id(tensor) in self.outputs or id(tensor.inputs[0]) in self.scalers:
             return True
         if len(readers) == 1 and masks(readers[0]):
             return self.wide(readers[0].outputs[0])
@@ -900,11 +904,11 @@ def _is_single(node: gs.Node) -> bool:
     return shares and shape is not None and bool(shape) and shape[int(node.attrs.get("axis", -1))] == 1
 
 
-def _makers(tensor: gs.Tensor) -> list[gs.Node]:
+def _made_by(tensor: gs.Tensor) -> list[gs.Node]:
     """What computes a value, and what is before operators that move or limit it, which a runtime may drop or swap with it."""
     nodes = list(tensor.inputs)
     passing = [node for node in nodes if role_of(node) in ("clamp", "same_grid")]
-    return nodes + [maker for node in passing for maker in _makers(node.inputs[0])]
+    return nodes + [maker for node in passing for maker in _made_by(node.inputs[0])]
 
 
 def _only_moves(node: gs.Node) -> bool:

@@ -293,7 +293,7 @@ def _is_topk(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == "TopK"
 
 
-def _whole(node: fx.Node) -> fx.Node:
+def _tuple_of(node: fx.Node) -> fx.Node:
     """The node with several outputs of which this one is an output; of other nodes, the node itself."""
     return next(iter(node.all_input_nodes), node) if getattr(node.target, "__name__", "") == "_item" else node
 
@@ -330,7 +330,7 @@ def _check_float(
     `decided`: what the runtime selects, which the last bit of a sum decides where values tie.
     """
     producer, averages, slack = _producers(student), _averages(student), _slack(student)
-    sorting = {node.meta["value"] for node in student.graph.nodes if "value" in node.meta and _is_topk(_whole(node))}
+    sorting = {node.meta["value"] for node in student.graph.nodes if "value" in node.meta and _is_topk(_tuple_of(node))}
 
     def see(value: str, x: Tensor) -> Tensor:
         if value in decided:

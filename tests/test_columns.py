@@ -78,24 +78,45 @@ def test_columns_of_an_input_keep_what_each_of_them_says(front: str) -> None:
     assert result.report.coverage.complete
 
 
-@pytest.mark.parametrize("front", ["standardised", "raw"])
-def test_columns_that_differ_little_are_scaled_where_the_model_does_it(front: str) -> None:
+# Fronts, and how many times as far as the first two columns the others reach: whether they stay float.
+LITTLE = {
+    ("standardised", 1.2): False,
+    ("standardised", 3): True,
+    ("standardised", 8): True,
+    ("raw", 8): False,
+    ("scaled alike", 8): False,
+    ("scaled apart", 3): False,
+    ("raw", 40): True,
+}
+
+
+@pytest.mark.parametrize(("front", "ratio"), LITTLE)
+def test_columns_that_differ_little_are_scaled_where_the_model_does_it(front: str, ratio: float) -> None:
     """What lies on an eighth of the grid has some 30 steps: a model that makes as much of it as of the others needs more."""
-    scale = f32(1, 1, 8, 8, 8, 8, 8, 8)
-    shift = {"mu": 2 * scale, "sd": scale}
+    scale = f32(1, 1, *[ratio] * 6)
+    more = {
+        "standardised": {"mu": 2 * scale, "sd": scale},
+        "scaled alike": {"by": f32(0.1)},
+        "scaled apart": {"by": scale},
+    }
+    text = {"scaled alike": "z = Mul(x, by)", "scaled apart": "z = Mul(x, by)"}.get(front) or FRONTS[front]
     model = parse(
-        f"(float[N,8] x) => (float[N,3] y) {{ {FRONTS[front]} {MLP}",
-        **{name: CONSTANTS[name] for name in ("w", "b", "v")}, **(shift if front == "standardised" else {}),
+        f"(float[N,8] x) => (float[N,3] y) {{ {text} {MLP}",
+        **{name: CONSTANTS[name] for name in ("w", "b", "v")}, **more.get(front, {}),
     )  # fmt: skip
     x = scale * (2 + DRAWN)
     result = quantize(model, x, method="rtn", threads=1)
-    assert ("x" in result.plan) == (front == "raw")
+    assert ("x" in result.plan.floats) == LITTLE[front, ratio]
     if front == "standardised":
         (expected,), (found,) = run(model, x=x), run(result.model, x=x)
         assert decibels(expected, found).min() > 34
+    if front == "standardised" and ratio > 2:  # what is quantized in place of an input is as wide as one
+        narrow = quantize(model, x, method="rtn", act_bits=4, threads=1).plan
+        assert {narrow[name].grid.bits for name in narrow if narrow[name].role == "activation"} == {4, 8}
+        assert narrow["z"].grid.bits == 8
 
 
-@pytest.mark.parametrize(("offset", "float_output"), [(0, False), (20, False), (300, True), (1000, True)])
+@pytest.mark.parametrize(("offset", "float_output"), [(0, False), (10, False), (60, True), (300, True), (1000, True)])
 def test_outputs_that_vary_little_beside_their_size_stay_float(offset: float, float_output: bool) -> None:
     model = three_outputs(f"z = Identity(x) {MLP[:-1]} o = Identity(y) }}".replace("y =", "h =").replace(
         "o = Identity(y)", "y = Add(h, far)"), far=np.full(3, offset, np.float32))  # fmt: skip
@@ -104,7 +125,36 @@ def test_outputs_that_vary_little_beside_their_size_stay_float(offset: float, fl
     if float_output:
         assert "far from zero" in result.plan.floats["y"]
     (expected,), (found,) = run(model, x=DRAWN), run(result.model, x=DRAWN)
-    assert decibels(expected, found).min() > 28
+    assert decibels(expected, found).min() > 25
+
+
+@pytest.mark.parametrize(
+    ("rows", "share", "float_output"),
+    [
+        ("[N,3]", 1, False),
+        ("[N,3]", 0.15, False),
+        ("[N,3]", 0.05, True),
+        ("[N,8,3]", 0.05, False),
+        ("[N,8,3]", 0.003, True),
+    ],
+)
+def test_small_columns_of_outputs_are_lost_in_rows_of_numbers(rows: str, share: float, float_output: bool) -> None:
+    """0.05 of the grid is 12 steps: too few for a quantity, and what the scores of a rare class may come to in a map."""
+    sizes = f32(1, 1, share)
+    text = f"(float{rows.replace('3]', '8]')} x) => (float{rows} y) {{ h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }}"
+    model = parse(text, w=CONSTANTS["w"], v=(W(16, 3, fan=16) * sizes).astype(np.float32))
+    x = np.random.default_rng(0).standard_normal((128, *[8] * rows.count(","))).astype(np.float32)
+    assert ("y" in quantize(model, x, method="rtn", threads=1).plan.floats) == float_output
+
+
+def test_outputs_that_are_read_within_have_a_grid_like_others() -> None:
+    model = parse(
+        "(float[N,8] x) => (float[N,3] y, float[N,2] z) { h = Gemm(x, w, b) r = Relu(h) a = MatMul(r, v) y = Add(a, far) "
+        "z = MatMul(y, u) }", far=f32(300, 300, 300), u=W(3, 2), **{name: CONSTANTS[name] for name in ("w", "b", "v")},
+    )  # fmt: skip
+    result = quantize(model, DRAWN, method="rtn", threads=1)
+    assert "y" in result.plan
+    assert "y" in result.report.fidelity.agreement
 
 
 def three_outputs(text: str, **constants: Any) -> onnx.ModelProto:

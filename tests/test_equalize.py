@@ -152,6 +152,13 @@ CARRYING = {  # operators that `Op.carries` has something to say of, with more i
 }
 
 
+NOT_CARRIED = {  # along windows, and where axes are merged
+    **dict.fromkeys(["AveragePool", "MaxPool", "GlobalAveragePool", "GlobalMaxPool", "Reshape"], (2, 3)),
+    "Flatten": (0, 2, 3),
+    "Squeeze": (0,),
+}
+
+
 def test_every_carrying_operator_is_tried():
     assert {name for name, op in OPS.items() if op.carries is not None} == set(CARRYING)
 
@@ -172,6 +179,7 @@ def test_channels_are_carried_where_it_is_said(name, axis):
     before = run_ort(proto, {"x": x})["y"]
     (node,) = og.load(proto).nodes
     after = op_of(node).carries(node.attrs, axis, x.shape, before.shape)
+    assert (after is None) == (axis in NOT_CARRIED.get(name, ()))
     if after is not None:
         factors = 2.0 ** np.arange(x.shape[axis], dtype=np.float32)
         along = [[-1 if i == place else 1 for i in range(rank)] for place, rank in ((axis, 4), (after, before.ndim))]

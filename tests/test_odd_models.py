@@ -602,6 +602,17 @@ def test_so_do_shares_that_are_kept_from_the_ends(classes: int, limits: tuple[fl
     assert not [text for text in result.report.warnings if "dB" in text]
 
 
+@pytest.mark.parametrize("kept", [(), ("y",)])
+def test_so_do_shares_that_are_an_output(kept: tuple[str, ...]) -> None:
+    """Of a rare class, too; if nothing rounds what is limited, nothing rounds the shares before."""
+    text = "(float[N,6] x) => (float[N,4] y) { h = Gemm(x, w, b) p = Softmax <axis = 1> (h) y = Clip(p, low, high) }"
+    limits = {"low": np.array(1e-7, np.float32), "high": np.array(1 - 1e-7, np.float32)}
+    model = parse(text, w=W(6, 4), b=f32(0, 0, 0, -12), **limits)
+    result = quantize(model, samples(model), weight_bits=8, method="rtn", threads=1, keep_float=kept)
+    assert ("y" in result.plan) == ("p" in result.plan) == (not kept)
+    assert not [text for text in result.report.warnings if "column" in text or "dB" in text]
+
+
 def test_so_do_single_shares_that_are_moved() -> None:
     text = """(float[N,6] x) => (float[N,4] y) { h = MatMul(x, w) p = Softmax <axis = 1> (h) r = Reshape(p, shape)
       c = Clip(r, low, high) f = Reshape(c, flat) y = MatMul(f, u) }"""

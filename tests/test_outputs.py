@@ -88,6 +88,15 @@ def test_colours_are_no_classes(text):
     assert axis == 4 if PICTURES[text] else axis in (1, 3)
 
 
+@pytest.mark.parametrize("reader", ["p = Softmax <axis=1> (y)", "p = ArgMax <axis=1> (y)"])
+def test_three_channels_that_a_softmax_reads_are_classes(reader):
+    kind = "int64" if "ArgMax" in reader else "float"
+    proto = parse(
+        f"(float[N,3,8,8] x) => (float[N,3,8,8] y, {kind}[N,a,8,8] p) {{ y = Conv(x, w) {reader} }}", w=W(3, 3, 1, 1)
+    )
+    assert class_axes(prepared(proto))["y"] == 1
+
+
 SELECTIONS = {  # what is picked: by values of the network, or by what it is given besides
     "v, i = TopK(h, k) y = Identity(v)": ["h"],
     "v, i = TopK(x, k) y = GatherElements <axis=1> (h, i)": ["x", "h"],

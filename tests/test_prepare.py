@@ -109,13 +109,16 @@ def ops(graph: gs.Graph) -> list[str]:
     return [node.op for node in graph.nodes]
 
 
+def exported(graph: gs.Graph) -> onnx.ModelProto:
+    """A model of a copy, as the writer makes it: graphsurgeon copies nothing but arrays for constants."""
+    return og.to_model(og.copy(graph))
+
+
 def prepared(model: onnx.ModelProto) -> gs.Graph:
     """Prepare the model and check that it computes the same, keeps its interface and is settled."""
     graph = og.load(model)
     prepare(graph)
-    result = og.to_model(
-        og.copy(graph)
-    )  # which the writer makes, too, and which takes nothing but arrays for constants
+    result = exported(graph)
     assert difference(model, result) < tolerance(model)
     assert interface(result) == interface(model)
     # an Einsum may become three nodes, a mean two, and inputs and outputs get Casts
@@ -508,6 +511,12 @@ for line in ("p = MatMul(q, k)\n y = Mul(p, s)", "p = MatMul(k, q)\n y = Mul(p, 
 for number in (np.array(0.5, np.float32), one(0.5)):  # numpy makes no array of what it computes of arrays without axes
     example("fold_factor", "(float[N,5,3] x) => (float[N,5,4] y) { a = MatMul(x, w)\n b = Add(a, number)\n y = Mul(b, s) }",
             "MatMul Add", w=rand(3, 4), number=number, s=one(0.5))  # fmt: skip
+example(
+    "sort_selected",
+    "(float[N,6] x) => (float[N,1] y, int64[N,1] i) { y, i = TopK<sorted = 0>(x, k) }",
+    "TopK",
+    k=vec(1),
+)
 for divisor in (one(8), positive(4), np.array([-0.3, 7.0, 1e-3, 255.0], np.float32)):
     example("use_products", V + "{ a = Relu(x)\n y = Div(a, s) }", "Relu Mul", s=divisor)
 for line in ("y = Add(a, s)", "y = Add(s, a)", "y = Sub(a, s)", "y = Sub(s, a)"):
@@ -1184,9 +1193,7 @@ def random_models(draw: st.DrawFn) -> onnx.ModelProto:
 def test_random_graphs_compute_the_same(model):
     graph = og.load(model)
     prepare(graph)
-    result = og.to_model(
-        og.copy(graph)
-    )  # which the writer makes, too, and which takes nothing but arrays for constants
+    result = exported(graph)
     assert difference(model, result) < 5e-5
     assert interface(result) == interface(model)
     assert len(result.graph.node) <= len(og.load(model).nodes) + 1
@@ -1206,9 +1213,7 @@ def test_bed_models_compute_the_same(path):
     model = onnx.load(path)
     graph = og.load(path)
     prepare(graph)
-    result = og.to_model(
-        og.copy(graph)
-    )  # which the writer makes, too, and which takes nothing but arrays for constants
+    result = exported(graph)
     assert difference(model, result) < 1e-4
     assert interface(result) == interface(model)
     assert len(graph.nodes) <= len(og.load(path).nodes)

@@ -801,6 +801,62 @@ FAULTS = (
         "quantized, few, report.threads",
         ("selected",),
     ),
+    Fault(
+        "channels evened out through windows along their axis",
+        "ops.py",
+        "    return axis if axis < 2 else None",
+        "    return axis",
+        ("equalize",),
+    ),
+    Fault(
+        "a Clip fused to an integer Softmax",
+        "plan.py",
+        "return not _shares(tensor.inputs[0]) or self.reason_to_stay_float(consumer.outputs[0]) is not None",
+        "return True",
+        ("odd_models",),
+    ),
+    Fault(
+        "standardisation of inputs that brings nothing nearer kept float",
+        "pipeline.py",
+        "if columns.share(*behind) < columns.GAIN * columns.share(*ranges[tensor.name]):",
+        "if columns.share(*behind) < 0:",
+        ("columns",),
+    ),
+    Fault(
+        "outputs far from zero on a grid",
+        "columns.py",
+        "covered.min() >= steps and covered.max() >= widest",
+        "covered.min() >= steps",
+        ("columns",),
+    ),
+    Fault(
+        "numbers of any size compared as scores",
+        "eptq.py",
+        "return axis if float((first - second).median()) < NO_SCORES else None",
+        "return axis",
+        ("eptq",),
+    ),
+    Fault(
+        "scales of blocks not carried to the biases behind",
+        "prepare/linear.py",
+        "        total = added * vector.reshape([-1 if axis == place else 1 for axis in where])",
+        "        total = added * np.ones_like(vector).reshape([-1 if axis == place else 1 for axis in where])",
+        ("prepare",),
+    ),
+    Fault(
+        "optimised kernels that lose passed over",
+        "remarks.py",
+        "exact.sqnr_db.get(name, -math.inf) - RUNTIME_LOSS",
+        "exact.sqnr_db.get(name, -math.inf) - 100 * RUNTIME_LOSS",
+        ("pipeline",),
+    ),
+    Fault(
+        "the colours of a picture taken for classes",
+        "outputs.py",
+        "output[colours] == image[colours] == 3",
+        "output[colours] == image[colours] == 5",
+        ("outputs",),
+    ),
 )
 
 

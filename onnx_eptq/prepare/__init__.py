@@ -36,6 +36,7 @@ PASSES: dict[str, Pass] = {  # in the order in which they run
         normalization.fuse_normalizations,
         patterns.use_quotients,
         patterns.use_squares,
+        patterns.sort_selected,
         layout.merge_reshapes,
         layout.use_flatten,
         layout.merge_transposes,
