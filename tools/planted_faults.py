@@ -503,8 +503,8 @@ FAULTS = (
     Fault(
         "samples of every size share a grid",
         "plan.py",
-        "self.region = _sample_scalers(graph) | _column_scalers(graph)",
-        "self.region = _column_scalers(graph)",
+        "self.scalers = _sample_scalers(graph) | _column_scalers(graph)",
+        "self.scalers = _column_scalers(graph)",
         ("columns",),
     ),
     Fault(
