@@ -68,7 +68,8 @@ class Extras:
 
     `defaults`: inputs that are initializers, too, where not all initializers are listed so. `feeds_whole`: what the model is
     fed is one sample as it is, although the inputs' shapes could be taken for batches. `uneven`: inputs and outputs with columns
-    that one grid does not serve (`columns`). `unlike`: those whose samples differ so much in size that most would be lost.
+    that one grid does not serve (`columns`); `quantities`: outputs among them that cannot be scores. `unlike`: those whose
+    samples differ so much in size that most would be lost.
     """
 
     domain: str = ""
@@ -83,6 +84,7 @@ class Extras:
     defaults: list[str] = field(default_factory=list)
     feeds_whole: bool = False
     uneven: list[str] = field(default_factory=list)
+    quantities: list[str] = field(default_factory=list)
     unlike: list[str] = field(default_factory=list)
 
 

@@ -146,7 +146,7 @@ def class_axes(graph: gs.Graph) -> dict[str, int]:
     names = [tensor.name for tensor in graph.outputs]
     names += [node.inputs[0].name for node in graph.nodes if is_op(node, "TopK")]
     found = {name: known[name] for name in names if known.get(name)}
-    whole = [tensor for tensor in graph.outputs if tensor.name in extras(graph).uneven]
+    whole = [tensor for tensor in graph.outputs if tensor.name in extras(graph).quantities]
     distributed |= {
         tensor.name for tensor in graph.outputs if any(is_op(n, *_DISTRIBUTES, "ArgMax") for n in tensor.outputs)
     }

@@ -272,6 +272,8 @@ def begin(
         while uneven:  # then what evens them out is needed, where it does
             other = graphs.load(model)
             graphs.extras(other).uneven = list(uneven)
+            lost = [name for name, seen in uneven.items() if not seen.are_served(columns.OUTPUT_STEPS)]
+            graphs.extras(other).quantities = lost
             other_changes = prepare(other)
             ranges = {name: (seen.low, seen.high) for name, seen in uneven.items()}
             idle = idle_inputs(other, ranges)
