@@ -51,11 +51,6 @@ class Columns:
         """Whether most samples would be lost on a grid that serves all of them."""
         return bool(self.reach) and UNLIKE * float(np.median(self.reach)) < max(self.reach)
 
-    @property
-    def share(self) -> float:
-        """As the function `share` of what was seen."""
-        return share(self.low, self.high)
-
     def are_served(self, steps: float, widest: float = 0.0) -> bool:
         """Whether one grid serves all that was seen, as the function `are_served` says."""
         return not len(self.low) or are_served(self.low, self.high, steps, widest)

@@ -454,8 +454,9 @@ def fold_scale(graph: gs.Graph) -> int:
         found = constant_operand(node) if is_op(node, "Mul", "Div") and node.outputs else None
         if found is not None and not (node.op == "Div" and found[2] == 0):
             source, values, _ = found
-            values = values.astype(np.float64)
-            changes += _scale_before(graph, node, source, values if node.op == "Mul" else 1 / values, kept)
+            with np.errstate(divide="ignore"):  # what is divided by 0 is not folded
+                factors = values.astype(np.float64) if node.op == "Mul" else 1 / values.astype(np.float64)
+            changes += _scale_before(graph, node, source, factors, kept)
     return changes
 
 
