@@ -482,13 +482,19 @@ def is_mask(values: np.ndarray[Any, Any]) -> bool:
     if not values.size or np.isnan(size).any() or size.max() < HUGE or values.min() >= 0:
         return False
     top = size.max()
-    return bool(np.all((size >= 0.5 * top) | (size <= (1e-3 * top if np.isfinite(top) else HUGE))))
+    if np.isinf(top):  # beside which other elements may be ruled out by a number
+        rest = values[np.isfinite(size)]
+        return bool(np.all(np.abs(rest) <= HUGE)) or is_mask(rest)
+    return bool(np.all((size >= 0.5 * top) | (size <= 1e-3 * top)))
 
 
 def ruled_out(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Which elements a mask pushes out; none where the values are no mask."""
-    size = np.abs(values.astype(np.float64))
-    found: np.ndarray[Any, Any] = size >= 0.5 * size.max() if is_mask(values) else np.zeros(values.shape, bool)
+    found: np.ndarray[Any, Any] = np.isinf(values) & is_mask(values)
+    rest = values[~np.isinf(values)]
+    if is_mask(rest):
+        size = np.abs(values.astype(np.float64))
+        found |= size >= 0.5 * size[~np.isinf(values)].max()
     return found
 
 

@@ -277,6 +277,14 @@ def test_scores_before_a_mask_keep_the_bits_of_an_output(end: str) -> None:
     assert 25 < result.report.fidelity.sqnr_db["y"] < 80  # of the scores: beside -1e9, no error would count
 
 
+def test_numbers_and_infinity_rule_out_together() -> None:
+    text = "(float[N,8] x) => (float[N,5] y) { h = Gemm(x, w, b) r = Relu(h) q = Gemm(r, v) y = Add(q, mask) }"
+    model = parse(text, w=W(8, 16), b=W(16), v=W(16, 5), mask=f32(0, -np.inf, 0, -1e9, 0))
+    data = np.random.default_rng(1).normal(size=(64, 8)).astype(np.float32)
+    result = quantize(model, data, weight_bits=8, threads=1, method="rtn")
+    assert 25 < result.report.fidelity.sqnr_db["y"] < 80
+
+
 def test_what_moves_a_masked_output_stays_float_too() -> None:
     text = "(float[N,8] x) => (float[N,4] y, float[N,2,2] p) { y = Gemm(x, w, mask) p = Reshape(y, shape) }"
     model = parse(text, w=W(4, 8).T.copy(), mask=f32(0, -1e9, 0, 0), shape=i64(-1, 2, 2))
@@ -303,7 +311,9 @@ def test_what_is_a_mask() -> None:
     assert not is_mask(f32(0.5, -2, 3))
     assert not is_mask(f32(1e4, 2e4))
     assert not is_mask(f32(-1e4, 500, 20))
-    assert ruled_out(f32(0, -1e4, 5, -np.inf)).tolist() == [False, False, False, False]  # too large for a score
+    assert ruled_out(f32(0, -1e4, 5, -np.inf)).tolist() == [False, True, False, True]
+    assert ruled_out(f32(0, -1e4, 500, -np.inf)).tolist() == [False, False, False, False]  # too large for a score
+    assert ruled_out(f32(-np.inf, -np.inf)).tolist() == [True, True]
     assert ruled_out(f32(0, -1e4, 5, -9e3)).tolist() == [False, True, False, True]
 
 
